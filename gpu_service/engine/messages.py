@@ -1,0 +1,164 @@
+"""What the front end and the engine core tell each other: one batch each way per iteration (msgspec over ZeroMQ).
+
+Times are `time.monotonic()` seconds, which both processes share on one machine.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """`neo.v1.SamplingParams` with every default filled in and every value checked."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    """Always set: the front end draws one for an unseeded request. Choice i of n uses seed + i."""
+    logit_bias: dict[int, float] = {}
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the request, without the model's own end-of-sequence ids."""
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A new request; its prompt has been checked against vocabulary and context length."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingSpec
+    placement: str = "auto"
+    """"auto", "gpu_only" or "cpu_preferred"."""
+    priority: int = 0
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    arrival: float
+    deadline: float | None = None
+    """The client's deadline; past it the engine drops the request."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End a request (or, with `index`, one choice of it) without further output for it. Unknown ids are ignored."""
+
+    request_id: str
+    index: int | None = None
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave the loop once all live requests have ended."""
+
+
+Command = Submit | Abort | Shutdown
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+class ChoiceDelta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one choice. `finish` is None, "stop", "length" or "aborted"."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish: str | None = None
+    stop_token_id: int | None = None
+    """The id of `stop_token_ids` that ended it; None for end-of-sequence."""
+
+
+class RequestUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Sent when the last choice of a request has ended; see neo.v1.Usage."""
+
+    request_id: str
+    completion_tokens: int
+    gpu_tokens: int
+    host_tokens: int
+    demotions: int
+    promotions: int
+    recomputations: int
+    queue_seconds: float
+    ttft_seconds: float
+    cached_prompt_tokens: int
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    request_id: str
+    logprobs: list[TokenLogprob]
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """The request ends with an error; nothing else of it follows."""
+
+    request_id: str
+    reason: str
+    """A reason of neo_common.errors, which fixes the status code."""
+    message: str
+    retry_after_seconds: float | None = None
+
+
+class TierLoad(msgspec.Struct, frozen=True):
+    total_blocks: int
+    free_blocks: int
+    running_requests: int
+    tokens_total: int
+
+
+class Load(msgspec.Struct, frozen=True, kw_only=True):
+    """See neo.v1.LoadSnapshot."""
+
+    host_tier_state: str
+    gpu: TierLoad
+    host: TierLoad
+    waiting_requests: int
+    waiting_prompt_tokens: int
+    block_tokens: int
+    demotions_total: int
+    promotions_total: int
+    recomputations_total: int
+    iterations_total: int
+    iteration_seconds: float
+    output_tokens_per_second: float
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The core has loaded its model and can take requests."""
+
+    max_context_tokens: int
+    gpu_blocks: int
+    host_blocks: int
+    block_tokens: int
+    device_name: str
+    offload_transport: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The core cannot start or go on; `message` is one sentence that says what to do."""
+
+    message: str
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Everything that one iteration has to say. Order within a request: prompt logprobs, deltas, usage."""
+
+    deltas: list[ChoiceDelta] = []
+    prompt_logprobs: list[PromptLogprobs] = []
+    usages: list[RequestUsage] = []
+    refusals: list[Refusal] = []
+    load: Load | None = None
+
+
+Event = Ready | Failed | Output

@@ -1,0 +1,96 @@
+"""What the engine core knows of the host tier: one interface, two transports (`shm`, `grpc`).
+
+    sweep = tier.begin_sweep([rows of lane 0, rows of lane 1])      once per iteration
+    for layer in layers:
+        tier.submit(lane, layer, q, k, v)                           q, k, v leave; the CPU starts
+        ...                                                         GPU attention of the other rows
+        tier.wait(lane, layer, out)                                 o comes back
+
+A *lane* is an independent queue of layers within one sweep: asymmetric pipelining uses two, everything else one.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+class HostTierState(enum.Enum):
+    """OFF: there is none. UP: in use. DEGRADED: the cpu_service is away and its lease has not run out; KV is kept.
+    LOST: the KV is gone (lease expired, or the grpc transport's peer died); `recover` starts an empty session."""
+
+    OFF = "off"
+    UP = "up"
+    DEGRADED = "degraded"
+    LOST = "lost"
+
+
+class HostTierStalled(Exception):
+    """The cpu_service did not answer within the sweep's deadline, or has gone. The sweep's host rows are to be dropped
+    and repeated later; nothing that they wrote matters, since appending K and V at a position is idempotent."""
+
+
+@dataclass(frozen=True)
+class HostRows:
+    """The decode rows of one lane for one sweep.
+
+    lengths: `[rows]` int32, tokens attended, the new one included.
+    block_tables: `[rows, width]` int32 host block ids; entries past ceil(length / block_tokens) are ignored.
+    """
+
+    lengths: npt.NDArray[np.int32]
+    block_tables: npt.NDArray[np.int32]
+
+
+class HostTier(Protocol):
+    """The engine's end of one session with a cpu_service. Not thread-safe: the engine core's thread alone calls it.
+
+    Tensors are on the engine's device, contiguous, in the model's dtype. Slots are `block * block_tokens + offset`.
+    """
+
+    @property
+    def state(self) -> HostTierState: ...
+
+    @property
+    def blocks(self) -> int:
+        """Size of the host pool in KV blocks."""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """Counts sessions and resumptions; a change means that sweeps in flight are void."""
+        ...
+
+    def poll(self) -> None:
+        """Once per iteration: notice a lost peer, resume, recover. Never blocks."""
+        ...
+
+    def write_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Store `k`, `v` `[tokens, kv_heads, head_dim]` of one layer at `slots` `[tokens]` int64 (host memory)."""
+        ...
+
+    def read_kv(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V at `slots`, dequantised to the model's dtype."""
+        ...
+
+    def begin_sweep(self, lanes: Sequence[HostRows]) -> int:
+        """Publish the rows of at most two lanes; returns the sweep's number. Raises HostTierStalled."""
+        ...
+
+    def submit(self, lane: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Start one layer's attention: `q` `[rows, query_heads, head_dim]`, `k`, `v` `[rows, kv_heads, head_dim]`."""
+        ...
+
+    def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
+        """Fill `out` `[rows, query_heads, head_dim]` with that layer's result. Raises HostTierStalled."""
+        ...
+
+    def close(self) -> None:
+        """End the session; its KV is freed on both sides."""
+        ...

@@ -1,0 +1,51 @@
+"""A model's shape and constants, free of torch: what services other than the engine may know of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding. `scaling` is None, "linear", "llama3" or "yarn"; the factors below belong to it."""
+
+    theta: float
+    scaling: str | None = None
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only transformer of the families that we serve."""
+
+    name: str
+    family: str
+    """"llama", "mistral", "qwen2" or "qwen3"."""
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope: RopeSpec
+    max_context_tokens: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    sliding_window: tuple[int, ...]
+    """Per layer, in tokens, the query itself included; 0 means the whole context."""
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def queries_per_kv(self) -> int:
+        return self.query_heads // self.kv_heads
+
+    def kv_bytes_per_token(self, element_bytes: int) -> int:
+        """K and V of one token over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes

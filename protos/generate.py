@@ -3,8 +3,8 @@
     python -m protos.generate           # write
     python -m protos.generate --check   # exit 1 when a stub differs from its .proto
 
-Stubs demand at least the generator's grpcio and protobuf, so the generator (`grpcio-tools`, pinned in
-`constraints-cpu.txt`) must not be newer than the oldest runtime that we support.
+Stubs demand at least the generator's grpcio and protobuf, so the generator (`grpcio-tools`, pinned
+in `constraints-cpu.txt`) must not be newer than the oldest runtime that we support.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def generate(out: Path) -> list[Path]:
     written = sorted(p for p in out.rglob("*_pb2*") if p.suffix in {".py", ".pyi"})
     for path in written:
         # protoc derives import names from the proto path; ours live below the package `protos`.
-        text = re.sub(r"^from neo\.v1 import", "from protos.neo.v1 import", path.read_text(), flags=re.M)
+        text = re.sub(
+            r"^from neo\.v1 import", "from protos.neo.v1 import", path.read_text(), flags=re.M
+        )
         path.write_text(text)
     return [p.relative_to(out) for p in written]
 
@@ -46,14 +48,22 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         fresh = generate(Path(scratch))
-        committed = {p.relative_to(PROTO_ROOT) for p in PROTO_ROOT.rglob("*_pb2*") if p.suffix in {".py", ".pyi"}}
+        committed = {
+            p.relative_to(PROTO_ROOT)
+            for p in PROTO_ROOT.rglob("*_pb2*")
+            if p.suffix in {".py", ".pyi"}
+        }
         differing = [
-            p for p in fresh
+            p
+            for p in fresh
             if p not in committed or (PROTO_ROOT / p).read_text() != (Path(scratch) / p).read_text()
         ]
         differing += sorted(committed - set(fresh))
     for path in differing:
-        print(f"stub differs from its .proto: protos/{path}; run python -m protos.generate", file=sys.stderr)
+        print(
+            f"stub differs from its .proto: protos/{path}; run python -m protos.generate",
+            file=sys.stderr,
+        )
     return 1 if differing else 0
 
 

@@ -1,4 +1,6 @@
-"""What the front end and the engine core tell each other: one batch each way per iteration (msgspec over ZeroMQ).
+"""What the front end and the engine core tell each other (msgspec over ZeroMQ).
+
+One batch goes each way per iteration.
 
 Times are `time.monotonic()` seconds, which both processes share on one machine.
 """
@@ -48,7 +50,9 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """End a request (or, with `index`, one choice of it) without further output for it. Unknown ids are ignored."""
+    """End a request (or, with `index`, one choice of it) without further output for it.
+
+    Unknown ids are ignored."""
 
     request_id: str
     index: int | None = None
@@ -152,7 +156,9 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Everything that one iteration has to say. Order within a request: prompt logprobs, deltas, usage."""
+    """Everything that one iteration has to say.
+
+    Order within a request: prompt logprobs, deltas, usage."""
 
     deltas: list[ChoiceDelta] = []
     prompt_logprobs: list[PromptLogprobs] = []

@@ -1,0 +1,98 @@
+"""What clients see when the cpu_service dies, stops or stays away, with the real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.support.models import tiny_model_dir
+
+from protos.neo.v1 import types_pb2
+from tests.support.load import Job, assert_idle_and_whole, get_load, run_job
+from tests.support.stack import Stack, running_stack
+
+LONG = Job(
+    prompt=tuple(range(3, 40)), output_tokens=400, placement=types_pb2.PLACEMENT_CPU_PREFERRED
+)
+LONG_GPU = Job(
+    prompt=tuple(range(3, 40)), output_tokens=400, placement=types_pb2.PLACEMENT_GPU_ONLY
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model"), "llama")
+
+
+async def until_host_decodes(stack: Stack, tokens: int) -> None:
+    while (await get_load(stack.gpu.address)).host.tokens_total < tokens:
+        await asyncio.sleep(0.01)
+
+
+async def test_host_requests_survive_a_killed_cpu_service(tmp_path: Path, model: Path) -> None:
+    """SIGKILL mid-stream, restart: the same tokens as without, none recomputed."""
+    with running_stack(tmp_path, model) as stack:
+        reference = await run_job(stack.router.address, LONG_GPU)
+        host = asyncio.create_task(run_job(stack.router.address, LONG))
+        await until_host_decodes(stack, 20)
+        stack.cpu.signal(signal.SIGKILL)
+        stack.cpu.wait_exit()
+        beside = await run_job(stack.router.address, LONG_GPU)
+        assert not host.done(), "nothing can decode on the host tier while it is away"
+        stack.cpu.start()
+        answer = await asyncio.wait_for(host, timeout=60)
+        load = await assert_idle_and_whole(stack.gpu.address)
+    assert beside.tokens == reference.tokens
+    assert answer.error is None
+    assert answer.tokens == reference.tokens
+    assert answer.usage is not None
+    assert answer.usage.recomputations == 0
+    assert load.recomputations_total == 0
+
+
+async def test_a_stopped_cpu_service_is_survived(tmp_path: Path, model: Path) -> None:
+    """SIGSTOP past the sweep's deadline, then SIGCONT: no hang, no wrong token."""
+    with running_stack(tmp_path, model, sweep_deadline_ms=300.0) as stack:
+        reference = await run_job(stack.router.address, LONG_GPU)
+        host = asyncio.create_task(run_job(stack.router.address, LONG))
+        await until_host_decodes(stack, 20)
+        stack.cpu.signal(signal.SIGSTOP)
+        beside = await run_job(stack.router.address, LONG_GPU)
+        stack.cpu.signal(signal.SIGCONT)
+        answer = await asyncio.wait_for(host, timeout=60)
+        await assert_idle_and_whole(stack.gpu.address)
+    assert beside.tokens == reference.tokens
+    assert answer.error is None
+    assert answer.tokens == reference.tokens
+
+
+async def test_lease_expiry_ends_host_requests_only(tmp_path: Path, model: Path) -> None:
+    """A cpu_service that stays away: its requests end with UNAVAILABLE, the others do not notice,
+    and new requests are served on the GPU tier."""
+    with running_stack(tmp_path, model, lease_seconds=2.0) as stack:
+        host = asyncio.create_task(run_job(stack.router.address, LONG))
+        await until_host_decodes(stack, 20)
+        stack.cpu.signal(signal.SIGKILL)
+        beside = asyncio.create_task(run_job(stack.router.address, LONG_GPU))
+        answer = await asyncio.wait_for(host, timeout=30)
+        assert answer.error == grpc.StatusCode.UNAVAILABLE
+        assert (await beside).error is None
+        after = await run_job(stack.router.address, LONG)
+        assert after.error is None
+        assert after.usage is not None
+        assert after.usage.host_tokens == 0
+        stack.cpu.start()
+        stack.cpu.wait_serving()
+
+
+async def test_deadline_frees_blocks(tmp_path: Path, model: Path) -> None:
+    """A deadline that passes mid-stream ends the request and gives its blocks back."""
+    endless = Job(prompt=tuple(range(3, 40)), output_tokens=3000)
+    with running_stack(tmp_path, model, max_context_tokens=4096) as stack:
+        answer = await run_job(stack.router.address, endless, timeout=1.0)
+        assert answer.error == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert answer.tokens
+        await assert_idle_and_whole(stack.gpu.address)

@@ -15,6 +15,14 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: whether the ramp's ends are rounded to whole dimensions."""
+    attention_factor: float = 1.0
+    """Multiplies cos and sin (yarn)."""
+    frequency_divisors: tuple[float, ...] = ()
+    """One divisor per frequency (head_dim / 2 of them); GGUF's way to write llama3 scaling. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +49,19 @@ class ModelSpec:
     """Per layer, in tokens, the query itself included; 0 means the whole context."""
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    output_bias: bool = False
+    """Whether attention's output projection has a bias."""
+    dtype: str = "bfloat16"
+    """The checkpoint's own: "float32", "bfloat16" or "float16"; quantised files count as bfloat16."""
 
     @property
     def queries_per_kv(self) -> int:
         return self.query_heads // self.kv_heads
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on q . k before the softmax."""
+        return float(self.head_dim) ** -0.5
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """K and V of one token over all layers."""

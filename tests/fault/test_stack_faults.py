@@ -11,7 +11,7 @@ import pytest
 from tests.support.models import tiny_model_dir
 
 from protos.neo.v1 import types_pb2
-from tests.support.load import Job, assert_idle_and_whole, get_load, run_job
+from tests.support.load import Job, assert_idle_and_whole, run_job, watch_load
 from tests.support.stack import Stack, running_stack
 
 LONG = Job(
@@ -28,8 +28,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def until_host_decodes(stack: Stack, tokens: int) -> None:
-    while (await get_load(stack.gpu.address)).host.tokens_total < tokens:
-        await asyncio.sleep(0.01)
+    async for load in watch_load(stack.gpu.address, interval_ms=10):
+        if load.host.tokens_total >= tokens:
+            return
 
 
 async def test_host_requests_survive_a_killed_cpu_service(tmp_path: Path, model: Path) -> None:
@@ -92,7 +93,7 @@ async def test_deadline_frees_blocks(tmp_path: Path, model: Path) -> None:
     """A deadline that passes mid-stream ends the request and gives its blocks back."""
     endless = Job(prompt=tuple(range(3, 40)), output_tokens=3000)
     with running_stack(tmp_path, model, max_context_tokens=4096) as stack:
-        answer = await run_job(stack.router.address, endless, timeout=1.0)
+        answer = await run_job(stack.router.address, endless, seconds=1.0)
         assert answer.error == grpc.StatusCode.DEADLINE_EXCEEDED
         assert answer.tokens
         await assert_idle_and_whole(stack.gpu.address)

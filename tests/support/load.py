@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import grpc
@@ -59,11 +60,11 @@ def random_jobs(count: int, seed: int, *, cancelled: float = 0.0) -> list[Job]:
     return jobs
 
 
-async def run_job(address: str, job: Job, timeout: float = 120.0) -> Answer:
+async def run_job(address: str, job: Job, seconds: float = 120.0) -> Answer:
     answer = Answer([])
     async with grpc.aio.insecure_channel(address) as channel:
         call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(
-            job.request(), timeout=timeout
+            job.request(), timeout=seconds
         )
         try:
             async for message in call:
@@ -89,29 +90,27 @@ async def run_jobs(address: str, jobs: list[Job], concurrency: int | None = None
     return await asyncio.gather(*(gated(job) for job in jobs))
 
 
-async def get_load(gpu_address: str) -> engine_pb2.LoadSnapshot:
+async def watch_load(
+    gpu_address: str, interval_ms: int, seconds: float = 60.0
+) -> AsyncIterator[engine_pb2.LoadSnapshot]:
     async with grpc.aio.insecure_channel(gpu_address) as channel:
-        answer = await engine_pb2_grpc.EngineServiceStub(channel).GetLoad(
-            engine_pb2.GetLoadRequest()
+        call = engine_pb2_grpc.EngineServiceStub(channel).WatchLoad(
+            engine_pb2.WatchLoadRequest(interval_ms=interval_ms), timeout=seconds
         )
-        return answer.load
+        async for message in call:
+            yield message.load
 
 
 async def assert_idle_and_whole(gpu_address: str, seconds: float = 10.0) -> engine_pb2.LoadSnapshot:
     """Soon after the last client has gone, nothing runs and every block of both tiers is free."""
-    async with grpc.aio.insecure_channel(gpu_address) as channel:
-        call = engine_pb2_grpc.EngineServiceStub(channel).WatchLoad(
-            engine_pb2.WatchLoadRequest(interval_ms=50), timeout=seconds + 5
+    give_up = time.monotonic() + seconds
+    async for load in watch_load(gpu_address, interval_ms=50, seconds=seconds + 5):
+        busy = load.waiting_requests or load.gpu.running_requests or load.host.running_requests
+        whole = (
+            load.gpu.free_blocks == load.gpu.total_blocks
+            and load.host.free_blocks == load.host.total_blocks
         )
-        give_up = time.monotonic() + seconds
-        async for message in call:
-            load = message.load
-            busy = load.waiting_requests or load.gpu.running_requests or load.host.running_requests
-            whole = (
-                load.gpu.free_blocks == load.gpu.total_blocks
-                and load.host.free_blocks == load.host.total_blocks
-            )
-            if not busy and whole:
-                return load
-            assert time.monotonic() < give_up, f"still busy or leaking:\n{load}"
+        if not busy and whole:
+            return load
+        assert time.monotonic() < give_up, f"still busy or leaking:\n{load}"
     raise AssertionError("the load stream ended")

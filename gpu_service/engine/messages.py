@@ -52,7 +52,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Abort(msgspec.Struct, frozen=True, tag=True):
     """End a request (or, with `index`, one choice of it) without further output for it.
 
-    Unknown ids are ignored."""
+    When `index` was the last live choice, the request's usage still follows. Unknown ids are ignored."""
 
     request_id: str
     index: int | None = None
@@ -149,6 +149,16 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     offload_transport: str
 
 
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """A long step of the start goes on, such as reading weights. Sent before Ready, a few times a second at most."""
+
+    stage: str
+    """What is being done, in words."""
+    done_bytes: int
+    total_bytes: int
+    """0 while unknown."""
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The core cannot start or go on; `message` is one sentence that says what to do."""
 
@@ -167,4 +177,4 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     load: Load | None = None
 
 
-Event = Ready | Failed | Output
+Event = Ready | Progress | Failed | Output

@@ -14,11 +14,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:  # the scheduler reads `HostTierState` and runs without torch
+    import torch
 
 
 class HostTierState(enum.Enum):
@@ -68,7 +70,10 @@ class HostTier(Protocol):
         ...
 
     def poll(self) -> None:
-        """Once per iteration: notice a lost peer, resume, recover. Never blocks."""
+        """Once per iteration: notice a lost peer, resume, recover. Never blocks.
+
+        `state` goes from LOST to UP here alone, and LOST is seen after at least one `poll`: the scheduler must learn that
+        the KV is gone before it may use the new session."""
         ...
 
     def write_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

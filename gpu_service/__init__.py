@@ -1,0 +1,1 @@
+"""The node that runs a model: front end, engine core, and the session with its cpu_service."""

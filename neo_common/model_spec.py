@@ -1,13 +1,14 @@
-"""A model's shape and constants, free of torch: what services other than the engine may know of a model."""
+"""A model's shape and constants, free of torch: what any service may know of a model."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding. `scaling` is None, "linear", "llama3" or "yarn"; the factors below belong to it."""
+    """Rotary embedding. `scaling` is None, "linear", "llama3" or "yarn", whose factors follow."""
 
     theta: float
     scaling: str | None = None
@@ -22,7 +23,7 @@ class RopeSpec:
     attention_factor: float = 1.0
     """Multiplies cos and sin (yarn)."""
     frequency_divisors: tuple[float, ...] = ()
-    """One divisor per frequency (head_dim / 2 of them); GGUF's way to write llama3 scaling. Empty: none."""
+    """One per frequency (head_dim / 2), GGUF's way to write llama3 scaling. Empty means none."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ModelSpec:
     output_bias: bool = False
     """Whether attention's output projection has a bias."""
     dtype: str = "bfloat16"
-    """The checkpoint's own: "float32", "bfloat16" or "float16"; quantised files count as bfloat16."""
+    """The checkpoint's: "float32", "bfloat16" or "float16"; quantised files count as bfloat16."""
 
     @property
     def queries_per_kv(self) -> int:
@@ -61,7 +62,7 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float:
         """Factor on q . k before the softmax."""
-        return float(self.head_dim) ** -0.5
+        return 1.0 / math.sqrt(self.head_dim)
 
     def kv_bytes_per_token(self, element_bytes: int) -> int:
         """K and V of one token over all layers."""

@@ -1,0 +1,234 @@
+"""The transformer, cut where attention may leave for another tier.
+
+    state = embed(ids)
+    per layer:  q, k, v = pre_projection(layer, state, positions)      norm, QKV, (Q/K norm), rope
+                o = attention over K and V, wherever they are          not here
+                state = post_projection(layer, state, o)               output, residual, norm, MLP
+    logits(state, rows)                                                final norm, head
+
+Rounding follows `transformers`: norms and their sums in fp32, everything else in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+
+from gpu_service.model import weights
+from gpu_service.model.linear import Linear
+from gpu_service.model.rope import rope_table
+from gpu_service.model.spec import read_spec, resolve_model
+from neo_common.model_spec import ModelSpec
+
+Progress = Callable[[str, int, int], None]
+"""`progress(stage, done_bytes, total_bytes)`; called from the thread that loads."""
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# Reading is bound by the disk or by dequantising; each thread holds one layer's fp32 copy.
+_LOAD_THREADS = 4
+
+
+@dataclass(frozen=True)
+class _Layer:
+    input_norm: torch.Tensor
+    qkv: Linear
+    qk_norm: torch.Tensor | None
+    """`[query_heads + kv_heads, head_dim]`"""
+    output: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class CausalLM:
+    """Weights on one device and the dense mathematics on them. Holds no state of any request.
+
+    Tensors that it returns are inference tensors: the caller works in `torch.inference_mode()` too.
+    `state` is the residual stream `[tokens, hidden]` in the model's dtype; rows are independent of
+    each other, so callers may slice and concatenate states.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: list[_Layer],
+        embedding: torch.Tensor,
+        final_norm: torch.Tensor,
+        head: Linear,
+    ) -> None:
+        self.spec = spec
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self._layers = layers
+        self._embedding = embedding
+        self._final_norm = final_norm
+        self._head = head
+        self._rope = rope_table(
+            spec.rope, spec.head_dim, spec.max_context_tokens, self.dtype, self.device
+        )
+
+    @torch.inference_mode()
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`token_ids` [tokens] int64 -> state."""
+        return functional.embedding(token_ids, self._embedding)
+
+    @torch.inference_mode()
+    def pre_projection(
+        self, layer: int, state: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What attention needs: contiguous `q` [tokens, query_heads, head_dim], `k` and `v`
+        [tokens, kv_heads, head_dim], rotated. `positions` [tokens] int64 counts from 0."""
+        spec, weight = self.spec, self._layers[layer]
+        tokens, rotated_heads = state.shape[0], spec.query_heads + spec.kv_heads
+        qkv = weight.qkv(self._norm(state, weight.input_norm))
+        split = rotated_heads * spec.head_dim
+        qk = qkv[:, :split].view(tokens, rotated_heads, spec.head_dim)
+        v = qkv[:, split:].view(tokens, spec.kv_heads, spec.head_dim)
+        if weight.qk_norm is not None:
+            qk = torch.rms_norm(qk, (spec.head_dim,), None, spec.norm_eps) * weight.qk_norm
+        cos_sin = self._rope.index_select(0, positions)
+        swapped = qk.roll(spec.head_dim // 2, -1)
+        rotated = (qk * cos_sin[:, :1]).addcmul_(swapped, cos_sin[:, 1:])
+        q, k = rotated[:, : spec.query_heads], rotated[:, spec.query_heads :]
+        return q.contiguous(), k.contiguous(), v.contiguous()
+
+    @torch.inference_mode()
+    def post_projection(self, layer: int, state: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        """The layer's end: `o` [tokens, query_heads, head_dim] is attention's result.
+
+        Reuses `state`'s memory: the argument is void afterwards."""
+        weight = self._layers[layer]
+        state = state.add_(weight.output(o.reshape(o.shape[0], -1)))
+        gate_up = weight.gate_up(self._norm(state, weight.post_norm))
+        inner = self.spec.intermediate_size
+        activated = functional.silu(gate_up[:, :inner]).mul_(gate_up[:, inner:])
+        return state.add_(weight.down(activated))
+
+    @torch.inference_mode()
+    def logits(self, state: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """fp32 `[rows, vocab]` of the state after the last layer; `rows` int64, None means all."""
+        chosen = state if rows is None else state.index_select(0, rows)
+        return self._head(self._norm(chosen, self._final_norm)).float()
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.rms_norm(x, (self.spec.hidden_size,), weight, self.spec.norm_eps)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    load_format: str = "auto",
+    progress: Progress | None = None,
+) -> CausalLM:
+    """The model at `path`: a Hugging Face directory, a GGUF file or `smollm2`.
+
+    dtype: "auto" is the checkpoint's own. load_format: "auto" reads weights, "dummy" makes them up.
+    ValueError, one sentence, for missing, damaged or unsupported files and options.
+    """
+    spec = read_spec(path)
+    target, place = _resolve_dtype(dtype, spec), torch.device(device)
+    source = weights.open_source(resolve_model(path), spec, load_format, place)
+    weights.check_source(source, spec)
+    with torch.inference_mode():
+        return _Loader(spec, source, target, place, progress or (lambda *_: None)).model()
+
+
+def _resolve_dtype(dtype: str | torch.dtype, spec: ModelSpec) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    name = spec.dtype if dtype == "auto" else dtype
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: {name!r} is not known (auto, {', '.join(_DTYPES)} are)")
+    return _DTYPES[name]
+
+
+class _Loader:
+    """Reads, fuses and lays out one layer a task."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        source: weights.TensorSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self._spec = spec
+        self._source = source
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+        self._shapes = weights.model_tensors(spec)
+        self._total = dtype.itemsize * sum(map(_elements, self._shapes.values()))
+
+    def model(self) -> CausalLM:
+        self._progress("weights", 0, self._total)
+        embedding = self._tensor(weights.EMBEDDING)
+        final_norm = self._tensor(weights.FINAL_NORM)
+        head = Linear(embedding if self._spec.tied_embeddings else self._tensor(weights.HEAD))
+        done = self._total - sum(map(self._layer_bytes, range(self._spec.layers)))
+        self._progress("weights", done, self._total)
+        layers: list[_Layer] = []
+        with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="weights") as pool:
+            for index, layer in enumerate(pool.map(self._layer, range(self._spec.layers))):
+                layers.append(layer)
+                done += self._layer_bytes(index)
+                self._progress("weights", done, self._total)
+        return CausalLM(self._spec, layers, embedding, final_norm, head)
+
+    def _layer_bytes(self, index: int) -> int:
+        shapes = weights.layer_tensors(self._spec, index).values()
+        return self._dtype.itemsize * sum(map(_elements, shapes))
+
+    def _layer(self, index: int) -> _Layer:
+        with torch.inference_mode():  # a property of the thread
+            spec, prefix = self._spec, f"model.layers.{index}."
+            attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+            qkv = [f"{attention}{letter}_proj." for letter in "qkv"]
+            output_bias = self._tensor(f"{attention}o_proj.bias") if spec.output_bias else None
+            return _Layer(
+                input_norm=self._tensor(f"{prefix}input_layernorm.weight"),
+                qkv=Linear(
+                    self._tensor(*(f"{name}weight" for name in qkv)),
+                    self._tensor(*(f"{name}bias" for name in qkv)) if spec.qkv_bias else None,
+                ),
+                qk_norm=self._qk_norm(attention) if spec.qk_norm else None,
+                output=Linear(self._tensor(f"{attention}o_proj.weight"), output_bias),
+                post_norm=self._tensor(f"{prefix}post_attention_layernorm.weight"),
+                gate_up=Linear(self._tensor(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")),
+                down=Linear(self._tensor(f"{mlp}down_proj.weight")),
+            )
+
+    def _qk_norm(self, attention: str) -> torch.Tensor:
+        q, k = self._tensor(f"{attention}q_norm.weight"), self._tensor(f"{attention}k_norm.weight")
+        heads = (self._spec.query_heads, self._spec.kv_heads)
+        return torch.cat([w.expand(n, -1) for w, n in zip((q, k), heads, strict=True)])
+
+    def _tensor(self, *names: str) -> torch.Tensor:
+        """The named tensors one below the other, in the model's dtype on its device."""
+        shapes = [self._shapes[name] for name in names]
+        fused = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        target = torch.empty(fused, dtype=self._dtype, device=self._device)
+        row = 0
+        for name, shape in zip(names, shapes, strict=True):
+            target[row : row + shape[0]].copy_(self._source.read(name))
+            row += shape[0]
+        return target
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,265 @@
+"""Checkpoint tensors by their Hugging Face names, whatever they are stored in.
+
+A *source* knows names and shapes and reads one tensor at a time, from any thread; nothing is read
+before it is asked for. `check_source` compares all of it with what the model needs.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import zlib
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gpu_service.model.gguf_file import GgufFile
+from neo_common.model_spec import ModelSpec
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+_FLOATS = {"F32", "F16", "BF16"}
+
+
+class TensorSource(Protocol):
+    """Read-only; all methods may be called from several threads."""
+
+    @property
+    def where(self) -> Path:
+        """What to name in errors."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor, by its Hugging Face name."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """A floating-point tensor on any device. ValueError if it is damaged."""
+        ...
+
+
+def layer_tensors(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's tensors."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    queries, keys = spec.query_heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (queries, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, queries),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if spec.qkv_bias:
+        shapes["self_attn.q_proj.bias"] = (queries,)
+        shapes["self_attn.k_proj.bias"] = (keys,)
+        shapes["self_attn.v_proj.bias"] = (keys,)
+    if spec.output_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if spec.qk_norm:
+        shapes["self_attn.q_norm.weight"] = (spec.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (spec.head_dim,)
+    return {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
+
+
+def model_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of the model."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, spec.hidden_size)}
+    for layer in range(spec.layers):
+        shapes |= layer_tensors(spec, layer)
+    shapes[FINAL_NORM] = (spec.hidden_size,)
+    if not spec.tied_embeddings:
+        shapes[HEAD] = (spec.vocab_size, spec.hidden_size)
+    return shapes
+
+
+def check_source(source: TensorSource, spec: ModelSpec) -> None:
+    """ValueError naming the first tensor that is missing, misshapen or unknown."""
+    found, wanted = source.shapes(), model_tensors(spec)
+    for name, shape in wanted.items():
+        if name not in found:
+            raise ValueError(f"{source.where} lacks the tensor {name}")
+        if found[name] != shape:
+            raise ValueError(
+                f"{source.where}: tensor {name} has shape {list(found[name])}, not {list(shape)}"
+            )
+    for name in found:
+        # Old checkpoints store the rotary frequencies; tied ones may repeat the embedding.
+        if name not in wanted and name != HEAD and not name.endswith("rotary_emb.inv_freq"):
+            raise ValueError(f"{source.where} has the tensor {name}, which the model does not use")
+
+
+class SafetensorsSource:
+    """`model.safetensors`, or the shards that its index lists; memory-mapped."""
+
+    def __init__(self, directory: Path) -> None:
+        self.where = directory
+        self._local = threading.local()
+        self._shard_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for shard, expected in _shards(directory).items():
+            self._scan(shard, expected)
+
+    def _scan(self, shard: Path, expected: set[str] | None) -> None:
+        with self._errors(shard), safe_open(shard, framework="pt") as file:
+            names = set(file.keys())
+            for name in sorted((expected or set()) - names):
+                raise ValueError(f"{shard} lacks the tensor {name}, which the index promises")
+            for name in names:
+                piece = file.get_slice(name)
+                if piece.get_dtype() not in _FLOATS and not name.endswith("rotary_emb.inv_freq"):
+                    raise ValueError(
+                        f"{shard}: tensor {name} is {piece.get_dtype()}; F32, F16 and BF16 are"
+                        " supported"
+                    )
+                self._shard_of[name] = shard
+                self._shapes[name] = tuple(piece.get_shape())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        shard = self._shard_of[name]
+        # One handle a thread and shard: opening again for each tensor would parse the header again.
+        handles = self._local.__dict__
+        with self._errors(shard):
+            if str(shard) not in handles:
+                handles[str(shard)] = safe_open(shard, framework="pt")
+            tensor: torch.Tensor = handles[str(shard)].get_tensor(name)
+        return tensor
+
+    def _errors(self, shard: Path) -> _ShardErrors:
+        return _ShardErrors(shard)
+
+
+class _ShardErrors:
+    """Turns what safetensors raises into one sentence."""
+
+    def __init__(self, shard: Path) -> None:
+        self._shard = shard
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SafetensorError | OSError):
+            raise ValueError(f"{self._shard} is missing, damaged or truncated: {error}") from error
+
+
+def _shards(directory: Path) -> dict[Path, set[str] | None]:
+    """Shard files with the tensors that the index promises in each (None: no index)."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        single = directory / "model.safetensors"
+        if single.is_file():
+            return {single: None}
+        raise ValueError(f"{directory} has no model.safetensors (nor an index of shards)")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: dict[Path, set[str] | None] = {}
+        for name, file in weight_map.items():
+            promised = shards.setdefault(directory / file, set())
+            assert promised is not None
+            promised.add(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: it has no usable weight_map") from error
+    for shard in shards:
+        if shard.parent != directory or not shard.is_file():
+            raise ValueError(f"{index} names {shard.name}, which is not in {directory}")
+    return shards
+
+
+_GGUF_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_HF_NAMES = {gguf: hf for hf, gguf in _GGUF_NAMES.items()}
+_GGUF_TOP = {
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": FINAL_NORM,
+    "output.weight": HEAD,
+}
+
+
+class GgufSource:
+    """A GGUF file, dequantised tensor by tensor."""
+
+    def __init__(self, file: GgufFile, spec: ModelSpec) -> None:
+        self.where = file.path
+        self._file = file
+        stored = (name for name in file.tensors if name != "rope_freqs.weight")
+        self._names = {_hf_name(name): name for name in stored}
+        # llama.cpp rotates neighbouring pairs for this architecture: Q and K rows are permuted.
+        permuted = spec.family == "llama"
+        self._heads = {"attn_q": spec.query_heads, "attn_k": spec.kv_heads} if permuted else {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {hf: self._file.tensors[name].shape for hf, name in self._names.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        stored = self._names[name]
+        values = self._file.dequantised(stored)
+        heads = self._heads.get(stored.split(".")[-2])
+        if heads:
+            # [heads, pairs, 2] -> [heads, 2, pairs]: neighbours become halves.
+            values = values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2)
+            values = values.reshape(-1, *values.shape[3:])
+        # fp32 and fp16 tensors are views of a read-only file; torch wants to own what it wraps.
+        return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _hf_name(name: str) -> str:
+    """The Hugging Face name; GGUF's own where there is none, for the error message."""
+    if name in _GGUF_TOP:
+        return _GGUF_TOP[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _HF_NAMES:
+        return f"model.layers.{parts[1]}.{_HF_NAMES[parts[2]]}.{parts[3]}"
+    return name
+
+
+class DummySource:
+    """Random weights from the shape alone, the same at every start on the same kind of device."""
+
+    def __init__(self, spec: ModelSpec, where: Path, device: torch.device) -> None:
+        self.where = where
+        self._shapes = model_tensors(spec)
+        self._device = device
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        shape = self._shapes[name]
+        if "norm" in name:
+            return torch.ones(shape, device=self._device)
+        generator = torch.Generator(device=self._device).manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(shape, generator=generator, device=self._device) * 0.02
+
+
+def open_source(
+    path: Path, spec: ModelSpec, load_format: str, device: torch.device
+) -> TensorSource:
+    """The source at `path` (a directory or a GGUF file) for `load_format` "auto" or "dummy"."""
+    if load_format == "dummy":
+        return DummySource(spec, path, device)
+    if load_format != "auto":
+        raise ValueError(f"load_format: {load_format!r} is not known (auto and dummy are)")
+    if path.is_dir():
+        return SafetensorsSource(path)
+    return GgufSource(GgufFile(path), spec)

@@ -1,0 +1,105 @@
+"""What requests change about the logits before the draw: penalties, bias, muted tokens.
+
+All of it touches few tokens a row, so it works on flat (row, token) pairs, not on masks
+`[rows, vocab]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpu_service.engine.messages import SamplingSpec
+
+_Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """One row of logits: who asks for it, and what has been said so far.
+
+    The token drawn is output token number `len(output_token_ids)`, counted from 0. That number is
+    the draw's position, and the draw's seed is `spec.seed + choice_index`.
+    """
+
+    spec: SamplingSpec
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    choice_index: int = 0
+
+
+def adjusted(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]
+) -> torch.Tensor:
+    """`logits` [rows, vocab] as the rows wish; the argument itself where they wish nothing.
+
+    Order: repetition penalty, frequency and presence penalties, bias, then the tokens masked by
+    `min_tokens`.
+    """
+    penalised = [i for i, row in enumerate(rows) if _is_penalised(row.spec)]
+    biased = [i for i, row in enumerate(rows) if row.spec.logit_bias]
+    muted = [i for i, row in enumerate(rows) if len(row.output_token_ids) < row.spec.min_tokens]
+    if not (penalised or biased or muted):
+        return logits
+    logits = logits.clone()
+    flat = logits.view(-1)
+    if penalised:
+        _penalise(flat, logits.shape[1], rows, penalised)
+    for i in biased:
+        bias = rows[i].spec.logit_bias
+        tokens = _to(logits, np.fromiter(bias, np.int64, len(bias)))
+        logits[i, tokens] += _to(logits, np.fromiter(bias.values(), np.float32, len(bias)))
+    for i in muted:
+        ending = np.array([*eos_token_ids, *rows[i].spec.stop_token_ids], np.int64)
+        logits[i, _to(logits, ending)] = float("-inf")
+    return logits
+
+
+def _is_penalised(spec: SamplingSpec) -> bool:
+    return (
+        spec.repetition_penalty != 1.0
+        or spec.presence_penalty != 0.0
+        or spec.frequency_penalty != 0.0
+    )
+
+
+def _penalise(
+    flat: torch.Tensor, vocab: int, rows: Sequence[SamplingRow], penalised: Sequence[int]
+) -> None:
+    """Changes the flat `[rows * vocab]` logits of all tokens that the penalised rows have seen."""
+    seen, counts = _history(vocab, rows, penalised)
+    row_of = seen // vocab
+    specs = [row.spec for row in rows]
+    per_row = np.array(
+        [(s.repetition_penalty, s.frequency_penalty, s.presence_penalty) for s in specs], np.float32
+    )
+    repetition, frequency, presence = per_row[row_of].T
+    lowered = frequency * counts + presence * (counts > 0)
+    index = _to(flat, seen)
+    values, factor = flat[index], _to(flat, repetition)
+    values = torch.where(values > 0, values / factor, values * factor)
+    flat[index] = values - _to(flat, lowered.astype(np.float32))
+
+
+def _history(
+    vocab: int, rows: Sequence[SamplingRow], penalised: Sequence[int]
+) -> tuple[_Ids, _Ids]:
+    """Flat ids of each token in prompt or output, ascending, and how often the output has it."""
+    prompts = [_keys(rows[i].prompt_token_ids, i, vocab) for i in penalised]
+    outputs = [_keys(rows[i].output_token_ids, i, vocab) for i in penalised]
+    output_keys = np.concatenate(outputs)
+    seen = np.unique(np.concatenate([*prompts, output_keys]))
+    counts = np.bincount(np.searchsorted(seen, output_keys), minlength=len(seen))
+    return seen, counts
+
+
+def _keys(tokens: Sequence[int], row: int, vocab: int) -> _Ids:
+    return np.asarray(tokens, np.int64) + row * vocab
+
+
+def _to(like: torch.Tensor, values: npt.NDArray[np.generic]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)

@@ -1,1 +1,2 @@
-"""Who holds which KV block: allocators per tier and block tables per choice. Pure bookkeeping, no tensors."""
+"""Who holds which KV block: allocators per tier and block tables per choice. Pure bookkeeping, no
+tensors."""

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 class BlockAllocator:
     """Reference-counted blocks `0 .. total - 1` of one tier's pool.
 
-    Several tables may hold one block (the choices of a request share the prompt's full blocks); it is free again when
-    the last of them has let go. Used by the scheduler's thread alone. Asking for more than there is, or freeing what is
-    not held, is our own bug and asserts: ask `can_allocate` first.
+    Several tables may hold one block (the choices of a request share the prompt's full blocks); it
+    is free again when the last of them has let go. Used by the scheduler's thread alone. Asking for
+    more than there is, or freeing what is not held, is our own bug and asserts: ask `can_allocate`
+    first.
     """
 
     def __init__(self, total: int) -> None:
@@ -67,7 +68,8 @@ class BlockAllocator:
         return self._references[block]
 
     def check_integrity(self, tables: Iterable[Sequence[int]] | None = None) -> None:
-        """Assert that free list and reference counts agree, and with `tables`: that exactly these hold the blocks."""
+        """Assert that free list and reference counts agree, and with `tables`: that exactly these
+        hold the blocks."""
         assert len(set(self._free)) == len(self._free), "a block is on the free list twice"
         free = set(self._free)
         for block, count in enumerate(self._references):

@@ -16,8 +16,9 @@ def blocks_for(tokens: int, block_tokens: int) -> int:
 class BlockTable:
     """Block ids of one choice on one tier: token `t` lives in block `ids[t // block_tokens]`.
 
-    Kept as an int32 array that grows by doubling, so that an iteration's table of all rows is a few slice copies. A
-    migration makes a new table; this one then never changes again, so that views of it in an older plan stay right.
+    Kept as an int32 array that grows by doubling, so that an iteration's table of all rows is a few
+    slice copies. A migration makes a new table; this one then never changes again, so that views of
+    it in an older plan stay right.
     """
 
     __slots__ = ("_ids", "_length")

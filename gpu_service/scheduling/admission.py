@@ -1,0 +1,79 @@
+"""Who leaves the queue: first come, first served within a priority, over both tiers."""
+
+from __future__ import annotations
+
+from gpu_service.kv.table import blocks_for
+from gpu_service.scheduling.batching import BatchBuilder
+from gpu_service.scheduling.plan import Failure, Tier
+from gpu_service.scheduling.request import Choice, Request
+from gpu_service.scheduling.state import SchedulerState
+
+ADMISSION_HORIZON_TOKENS = 32
+"""A choice is admitted to a tier if everyone there, itself included, can then grow by this much."""
+
+
+def refuse(state: SchedulerState, request: Request, unstarted: int) -> Failure | None:
+    """Why a new request cannot even be queued; `unstarted` requests wait for their first iteration
+    already."""
+    limits, prompt = state.limits, len(request.prompt)
+    if prompt == 0:
+        return Failure("INVALID_ARGUMENT", "prompt must not be empty")
+    if prompt >= limits.max_context_tokens:
+        return Failure(
+            "INVALID_ARGUMENT",
+            f"prompt has {prompt} tokens, and this deployment serves at most "
+            f"{limits.max_context_tokens} of prompt and output together",
+        )
+    # The last token is never computed.
+    needed = blocks_for(request.choices[0].final_length - 1, limits.block_tokens)
+    largest = max(state.pools[tier].total for tier in request.tiers)
+    if needed > largest:
+        where = " and ".join(tier.value for tier in request.tiers)
+        return Failure(
+            "INVALID_ARGUMENT",
+            f"prompt and sampling.max_tokens need {needed} KV blocks of {limits.block_tokens} "
+            f"tokens, and the {where} tier that the request may use has {largest}",
+        )
+    if unstarted >= limits.max_waiting_requests:
+        return Failure("QUEUE_FULL", f"{unstarted} requests are waiting already")
+    return None
+
+
+def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
+    """Start waiting choices while budget and blocks last; returns them.
+
+    A choice that finds no room holds back everyone behind it on the tiers where it may be, and on
+    no others."""
+    started: list[Choice] = []
+    blocked: set[Tier] = set()
+    # No tier has room for anybody once both are blocked; the rest of the queue need not be looked
+    # at.
+    for choice in list(state.waiting):
+        if batch.budget == 0 or len(state.running) >= state.limits.running_bound:
+            break
+        tiers = choice.request.tiers
+        tier = next((t for t in tiers if t not in blocked and _fits(state, choice, t)), None)
+        if tier is None:
+            blocked.update(tiers)
+            if len(blocked) == len(Tier):
+                break
+            continue
+        state.start(choice, tier, state.shareable_blocks(choice, tier))
+        batch.add(choice)
+        started.append(choice)
+    return started
+
+
+def _fits(state: SchedulerState, choice: Choice, tier: Tier) -> bool:
+    if not state.usable(tier):
+        return False
+    size, pool = state.limits.block_tokens, state.pools[tier]
+    shared = len(state.shareable_blocks(choice, tier))
+    blocks = blocks_for(choice.length, size) - shared
+    if pool.used_count == 0:
+        # Alone it need not leave room to grow: it may move or be recomputed once it has outgrown
+        # the tier.
+        return pool.can_allocate(blocks)
+    headroom = state.growth(tier, ADMISSION_HORIZON_TOKENS)
+    own = blocks_for(choice.length_after(ADMISSION_HORIZON_TOKENS), size) - shared
+    return pool.can_allocate(own + headroom)

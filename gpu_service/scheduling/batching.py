@@ -1,0 +1,86 @@
+"""The rows of one iteration: decode first, then chunks of prompts within what is left of the token
+budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpu_service.scheduling.plan import DecodeRow, PrefillRow, SubBatch, Tier
+from gpu_service.scheduling.request import Choice
+from gpu_service.scheduling.state import SchedulerState
+
+
+class BatchBuilder:
+    """Collects the rows of one sub-batch within a token budget."""
+
+    def __init__(self, budget: int, iteration: int) -> None:
+        self.budget = budget
+        """Tokens that may still be added."""
+        self._iteration = iteration
+        self._prefill: list[PrefillRow] = []
+        self._decode: dict[Tier, list[DecodeRow]] = {tier: [] for tier in Tier}
+
+    def add(self, choice: Choice) -> None:
+        """The next tokens of a running choice: one if it is decoding, else as long a chunk as the
+        budget allows."""
+        assert self.budget > 0
+        assert choice.tier is not None
+        choice.last_planned = self._iteration
+        if choice.is_decoding:
+            row = DecodeRow(
+                key=choice.key,
+                token_id=choice.last_token_id(),
+                length=choice.length,
+                blocks=choice.table.view(),
+            )
+            self._decode[choice.tier].append(row)
+            self.budget -= 1
+            return
+        end = min(choice.length, choice.computed + self.budget)
+        self._prefill.append(_chunk(choice, choice.tier, end))
+        self.budget -= end - choice.computed
+
+    def build(self) -> tuple[SubBatch, ...]:
+        batch = SubBatch(
+            prefill=tuple(self._prefill),
+            gpu_decode=tuple(self._decode[Tier.GPU]),
+            host_decode=tuple(self._decode[Tier.HOST]),
+        )
+        return (batch,) if batch.tokens else ()
+
+
+def _chunk(choice: Choice, tier: Tier, end: int) -> PrefillRow:
+    start, prompt = choice.computed, len(choice.request.prompt)
+    targets: tuple[int, ...] = ()
+    # The choices of a request share its prompt; the first one tells its log probabilities.
+    if choice.request.wants_prompt_logprobs and choice.index == 0:
+        targets = choice.token_ids(start + 1, max(start + 1, min(end + 1, prompt)))
+    return PrefillRow(
+        key=choice.key,
+        tier=tier,
+        start=start,
+        token_ids=choice.token_ids(start, end),
+        blocks=choice.table.view(),
+        samples=end == choice.length,
+        logprob_targets=targets,
+    )
+
+
+def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
+    """Rows of the choices that already hold blocks."""
+    ready = [choice for choice in state.running if choice.tier and state.usable(choice.tier)]
+    decoding = [choice for choice in ready if choice.is_decoding]
+    for choice in _fair(decoding, batch.budget):
+        batch.add(choice)
+    for choice in ready:
+        if batch.budget == 0:
+            return
+        if not choice.is_decoding:
+            batch.add(choice)
+
+
+def _fair(choices: Sequence[Choice], budget: int) -> Sequence[Choice]:
+    """All of them, or the `budget` ones that have waited longest for their turn."""
+    if len(choices) <= budget:
+        return choices
+    return sorted(choices, key=lambda choice: choice.last_planned)[:budget]

@@ -1,0 +1,54 @@
+"""What bounds the scheduler's decisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OFFLOAD_POLICIES = ("never", "auto", "always")
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """Sizes and policies, fixed for the life of the engine core."""
+
+    gpu_blocks: int
+    host_blocks: int
+    """0 without a host tier; then everything is planned as with `offload="never"`."""
+    block_tokens: int
+    max_context_tokens: int
+    """Longest prompt plus output of one choice."""
+    max_batch_tokens: int = 512
+    """Tokens of one iteration."""
+    max_running: int = 256
+    """Choices that hold blocks at the same time."""
+    max_waiting_requests: int = 1024
+    """Requests that may wait for their first iteration."""
+    offload: str = "auto"
+    """"never", "auto" or "always"."""
+    eos_token_ids: frozenset[int] = frozenset()
+    lease_seconds: float = 30.0
+    """How long choices whose KV is on a host tier that went away wait for it."""
+    force_migration_every: int = 0
+    """Testing aid: every that many iterations some choice changes its tier; 0 means never."""
+
+    @property
+    def running_bound(self) -> int:
+        """Choices that may hold blocks at once: with no more of them than tokens in an iteration,
+        those that prefill always find a token left beside those that decode."""
+        return min(self.max_running, self.max_batch_tokens)
+
+    def validate(self) -> None:
+        if self.offload not in OFFLOAD_POLICIES:
+            raise ValueError(
+                f"offload must be one of {', '.join(OFFLOAD_POLICIES)}, not {self.offload}"
+            )
+        for name in ("gpu_blocks", "host_blocks", "lease_seconds", "force_migration_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        for name in ("block_tokens", "max_batch_tokens", "max_running", "max_context_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.max_waiting_requests < 0:
+            raise ValueError("max_waiting_requests must not be negative")
+        if self.gpu_blocks + self.host_blocks == 0:
+            raise ValueError("there are no KV blocks on either tier")

@@ -1,0 +1,163 @@
+"""Where scheduling and execution meet: what one iteration is to do, and what came of it.
+
+One iteration is a sweep of one or two sub-batches over all layers. Dense layers see the rows of a
+sub-batch in this order:
+
+    | prefill chunks (either tier) ... | GPU decode ... | host decode ... |
+
+Host rows come last, so that the rows before them can go on when their results are not there yet.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from gpu_service.engine.messages import TokenLogprob
+
+
+class Tier(enum.Enum):
+    """Where a choice's KV lives, and so where its decode attention runs."""
+
+    GPU = "gpu"
+    HOST = "host"
+
+    @property
+    def other(self) -> Tier:
+        return Tier.HOST if self is Tier.GPU else Tier.GPU
+
+
+class Mode(enum.Enum):
+    """How a sweep is laid out in time; one pipeline module for each.
+
+    INLINE: one sub-batch; every layer waits for its own host rows (none of them: a plain GPU-only
+    sweep)."""
+
+    INLINE = "inline"
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """Copy one choice's KV to the other tier before the sweep starts.
+
+    Migrations run in the plan's order: blocks that one of them gives up may be the target of a
+    later one.
+    """
+
+    key: int
+    """The choice."""
+    target: Tier
+    tokens: int
+    """Tokens to copy; 0 when nothing had been computed yet."""
+    source_blocks: npt.NDArray[np.int32]
+    """`[ceil(tokens / block_tokens)]` on the tier it leaves."""
+    target_blocks: npt.NDArray[np.int32]
+    """As many blocks on `target`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """Compute the last known token of a choice, and sample the next one."""
+
+    key: int
+    token_id: int
+    length: int
+    """Tokens attended, this one included; its position is `length - 1`."""
+    blocks: npt.NDArray[np.int32]
+    """The choice's whole table on its tier; at least ceil(length / block_tokens) entries."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """Compute a chunk of known tokens of a choice."""
+
+    key: int
+    tier: Tier
+    """Where the chunk's KV goes, and where that of earlier chunks is."""
+    start: int
+    """Position of the chunk's first token; KV of all earlier ones is in `blocks`."""
+    token_ids: tuple[int, ...]
+    """Not empty."""
+    blocks: npt.NDArray[np.int32]
+    """The choice's whole table on `tier`."""
+    samples: bool
+    """The chunk ends with the last known token: sample the next one."""
+    logprob_targets: tuple[int, ...] = ()
+    """With prompt logprobs: the tokens that follow the chunk's first tokens, one after the other;
+    else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubBatch:
+    """The rows of one lane. At least one of the three is not empty."""
+
+    prefill: tuple[PrefillRow, ...] = ()
+    gpu_decode: tuple[DecodeRow, ...] = ()
+    host_decode: tuple[DecodeRow, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the dense layers."""
+        chunks = sum(len(row.token_ids) for row in self.prefill)
+        return chunks + len(self.gpu_decode) + len(self.host_decode)
+
+    @property
+    def sampled_keys(self) -> Iterator[int]:
+        """Choices that get a token if all goes well, in the order of their rows."""
+        yield from (row.key for row in self.prefill if row.samples)
+        yield from (row.key for row in self.gpu_decode)
+        yield from (row.key for row in self.host_decode)
+
+
+@dataclass(frozen=True, slots=True)
+class IterationPlan:
+    """One iteration. Empty (no batches) when nothing can run; migrations may still be there."""
+
+    number: int
+    """Counts up from 1."""
+    mode: Mode
+    migrations: tuple[Migration, ...]
+    batches: tuple[SubBatch, ...]
+    """Lane i of the host tier serves `batches[i]`. INLINE has at most one."""
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.migrations and not self.batches
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    token_id: int
+    logprob: TokenLogprob | None = None
+    """Set if the request asked for logprobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request has to end with an error."""
+
+    reason: str
+    """A reason of neo_common.errors."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What became of a plan. A row that is in none of `void`, `lost` and `failed` did all it was
+    asked to do."""
+
+    tokens: Mapping[int, SampledToken] = field(default_factory=dict)
+    """Choice -> its next token."""
+    void: frozenset[int] = frozenset()
+    """Choices whose rows do not count and are to be repeated (the host tier stalled, memory ran
+    out)."""
+    lost: frozenset[int] = frozenset()
+    """Choices whose migration failed half-way: their KV is gone."""
+    failed: Mapping[int, Failure] = field(default_factory=dict)
+    """Choices whose request ends."""
+    prompt_logprobs: Mapping[int, list[TokenLogprob]] = field(default_factory=dict)
+    """Choice -> one for each of the row's `logprob_targets`."""

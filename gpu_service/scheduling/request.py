@@ -1,0 +1,138 @@
+"""Requests and their choices, as the scheduler sees them."""
+
+from __future__ import annotations
+
+import enum
+
+from gpu_service.engine.messages import Submit
+from gpu_service.kv.table import BlockTable
+from gpu_service.scheduling.plan import Tier
+
+
+class ChoiceState(enum.Enum):
+    """
+    HELD ---------> WAITING <--------> RUNNING ---> FINISHED
+    n > 1: until    in the queue,      holds        from every state, by abort,
+    the prompt is   holds no blocks    blocks on    deadline or error
+    computed                           one tier
+    """
+
+    HELD = "held"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Choice:
+    """One of a request's n continuations: the unit that is scheduled.
+
+    Its tokens are the prompt's and then `output`; KV of the first `computed` of them is in `table`
+    on `tier`. Between iterations a decoding choice has `computed == length - 1`: the last token is
+    known but has not been through the model.
+    """
+
+    __slots__ = (
+        "computed",
+        "index",
+        "key",
+        "last_planned",
+        "order",
+        "output",
+        "request",
+        "state",
+        "table",
+        "tier",
+    )
+
+    def __init__(self, request: Request, index: int, key: int) -> None:
+        self.request = request
+        self.index = index
+        self.key = key
+        """Unique over the life of the engine core; plans name choices by it."""
+        self.output: list[int] = []
+        self.computed = 0
+        self.state = ChoiceState.HELD if index else ChoiceState.WAITING
+        self.tier: Tier | None = None
+        """None unless RUNNING."""
+        self.table = BlockTable()
+        self.order = (-request.submit.priority, request.submit.arrival, key)
+        """Smaller goes first: priority, then first come, first served."""
+        self.last_planned = 0
+        """Number of the last iteration that took this choice along."""
+
+    @property
+    def length(self) -> int:
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def final_length(self) -> int:
+        """Tokens when it ends by length, the last one (which is never computed) included."""
+        return len(self.request.prompt) + self.request.max_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.computed == self.length - 1
+
+    def token_ids(self, start: int, end: int) -> tuple[int, ...]:
+        prompt = self.request.prompt
+        split = len(prompt)
+        if end <= split:
+            return tuple(prompt[start:end])
+        return (*prompt[start:split], *self.output[max(0, start - split) : end - split])
+
+    def last_token_id(self) -> int:
+        return self.output[-1] if self.output else self.request.prompt[-1]
+
+    def length_after(self, tokens: int) -> int:
+        """Known tokens that need a place after `tokens` more, or at its end if that is nearer.
+
+        The final token is sampled but never computed, so it needs none."""
+        return min(self.length + tokens, max(self.length, self.final_length - 1))
+
+    def accept(self, token_id: int, eos_token_ids: frozenset[int]) -> tuple[str | None, int | None]:
+        """Append a sampled token; returns (finish, stop_token_id) as in `ChoiceDelta`."""
+        sampling = self.request.submit.sampling
+        self.output.append(token_id)
+        if len(self.output) >= sampling.min_tokens:
+            if token_id in self.request.stop_token_ids:
+                return "stop", token_id
+            if token_id in eos_token_ids and not sampling.ignore_eos:
+                return "stop", None
+        if len(self.output) >= self.request.max_tokens:
+            return "length", None
+        return None, None
+
+
+class Request:
+    """A client's request: its choices, and what will be told about it at the end."""
+
+    def __init__(
+        self, submit: Submit, tiers: tuple[Tier, ...], max_context_tokens: int, first_key: int
+    ) -> None:
+        self.submit = submit
+        self.tiers = tiers
+        """Where it may be, the preferred tier first. Settled once, so that what was admitted stays
+        possible."""
+        self.prompt = submit.prompt_token_ids
+        room = max_context_tokens - len(self.prompt)
+        self.max_tokens = min(submit.sampling.max_tokens, room)
+        self.stop_token_ids = frozenset(submit.sampling.stop_token_ids)
+        self.choices = [Choice(self, i, first_key + i) for i in range(submit.sampling.n)]
+        self.first_planned: float | None = None
+        self.first_token: float | None = None
+        self.tokens = dict.fromkeys(Tier, 0)
+        """Tokens sampled, by the tier whose attention they came from."""
+        self.migrations = dict.fromkeys(Tier, 0)
+        """Moves, by the tier they went to."""
+        self.recomputations = 0
+        self.cached_prompt_tokens = 0
+        self.wants_prompt_logprobs = submit.sampling.prompt_logprobs is not None
+        """Turns False once they have been told."""
+
+    @property
+    def request_id(self) -> str:
+        return self.submit.request_id
+
+    @property
+    def is_finished(self) -> bool:
+        return all(choice.state is ChoiceState.FINISHED for choice in self.choices)

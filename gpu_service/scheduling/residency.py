@@ -1,0 +1,88 @@
+"""Which tier each running choice is on: growing tables, demotion, promotion, and recomputation as
+the last resort.
+
+    GPU tier full    the newest choice that may go to the host is demoted and goes on decoding there
+                     (none may, or there is no room: the newest is recomputed later)
+    host tier full   the oldest host choice that may is promoted; else the newest is recomputed later
+    GPU blocks free  the oldest host choice is promoted, with headroom
+
+Hysteresis: a promotion leaves `PROMOTION_HORIZON_TOKENS` of growth free for every choice on the GPU
+tier, and a demotion happens only when not one block is left, so a choice cannot come back before
+the GPU's choices have grown by that much or one of them has ended.
+"""
+
+from __future__ import annotations
+
+from gpu_service.kv.table import blocks_for
+from gpu_service.scheduling.plan import Migration, Tier
+from gpu_service.scheduling.request import Choice
+from gpu_service.scheduling.state import SchedulerState
+
+PROMOTION_HORIZON_TOKENS = 64
+
+
+def grow(state: SchedulerState) -> list[Migration]:
+    """Make sure that every decoding choice of a usable tier has room for its next token, the oldest
+    first."""
+    migrations: list[Migration] = []
+    for tier in (Tier.GPU, Tier.HOST):
+        if not state.usable(tier):
+            continue
+        for choice in state.running_on(tier):
+            # A choice that made room for an older one has moved on or waits.
+            while choice.tier is tier and not state.reserve(choice, choice.length):
+                moved = _make_room(state, tier)
+                if moved is not None:
+                    migrations.append(moved)
+    return migrations
+
+
+def _make_room(state: SchedulerState, tier: Tier) -> Migration | None:
+    """Move one choice off `tier` or, where nothing else is possible, throw its KV away."""
+    residents = state.running_on(tier)
+    newest_first = residents[::-1]
+    for choice in newest_first if tier is Tier.GPU else residents:
+        if may_move(state, choice):
+            return state.migrate(choice)
+    state.preempt(newest_first[0])
+    return None
+
+
+def may_move(state: SchedulerState, choice: Choice) -> bool:
+    """The choice may be on the other tier, and fits there now."""
+    assert choice.tier is not None
+    target = choice.tier.other
+    blocks = blocks_for(choice.length, state.limits.block_tokens)
+    return state.host_up and target in choice.request.tiers and state.fits(target, blocks)
+
+
+def promote(state: SchedulerState) -> list[Migration]:
+    """At most one promotion an iteration, so that its copy stays short beside the sweep."""
+    for choice in state.running_on(Tier.HOST):
+        # A choice that prefers the host stays there.
+        if choice.request.tiers[0] is not Tier.GPU or not state.host_up:
+            continue
+        blocks = blocks_for(
+            choice.length_after(PROMOTION_HORIZON_TOKENS), state.limits.block_tokens
+        )
+        headroom = state.growth(Tier.GPU, PROMOTION_HORIZON_TOKENS)
+        # Oldest first: a newer one must not overtake it for ever.
+        return [state.migrate(choice)] if state.fits(Tier.GPU, blocks + headroom) else []
+    return []
+
+
+def force(state: SchedulerState, iteration: int) -> list[Migration]:
+    """The testing aid: move one choice, a different one each time, wherever placement and room
+    allow it."""
+    every = state.limits.force_migration_every
+    if not every or iteration % every or not state.running:
+        return []
+    first = (iteration // every) % len(state.running)
+    for choice in state.running[first:] + state.running[:first]:
+        # `always` pins choices to the host, but this aid exists to move them.
+        allowed = choice.request.submit.placement != "gpu_only"
+        target = choice.tier.other if choice.tier else Tier.GPU
+        blocks = blocks_for(choice.length, state.limits.block_tokens)
+        if allowed and choice.computed and state.host_up and state.fits(target, blocks):
+            return [state.migrate(choice)]
+    return []

@@ -1,0 +1,291 @@
+"""The scheduler: commands and results in, plans and news out. docs/scheduling.md tells the policy.
+
+submit / abort / host_state ...   whenever they come
+plan = schedule(now)              decisions in order: deadlines, growth, promotion, batch, admission
+... the pipeline runs the plan ...
+update(plan, result, now)         tokens, ends, repeats
+take_news()                       for the front end
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+
+from gpu_service.engine.messages import Submit, TokenLogprob
+from gpu_service.offload.host_tier import HostTierState
+from gpu_service.scheduling import admission, residency
+from gpu_service.scheduling.batching import BatchBuilder, add_running
+from gpu_service.scheduling.limits import SchedulerLimits
+from gpu_service.scheduling.news import News
+from gpu_service.scheduling.plan import (
+    Failure,
+    IterationPlan,
+    Migration,
+    Mode,
+    SampledToken,
+    SweepResult,
+    Tier,
+)
+from gpu_service.scheduling.request import Choice, ChoiceState, Request
+from gpu_service.scheduling.state import SchedulerState
+
+LEASE_EXPIRED_SHARE = 0.9
+"""A host tier that is LOST after this part of the lease was lost by its expiry; the two clocks
+differ a little."""
+QUEUE_FULL_RETRY_SECONDS = 1.0
+"""When to come back after a full queue, until something better is known."""
+HOST_AVERAGE_WEIGHT = 0.2
+"""Of the newest iteration in the moving average of iterations with host rows."""
+
+
+class Scheduler:
+    """Not thread-safe. Times are seconds of one monotonic clock, given by the caller."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        limits.validate()
+        self.state = SchedulerState(limits)
+        self.limits = limits
+        self.iterations = 0
+        self._keys = itertools.count()
+        self._unstarted: dict[str, Request] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
+        self._host_away_since: float | None = None
+        self._host_lost = False
+        self._news = News()
+
+    # -- commands ----------------------------------------------------------------------------
+
+    def submit(self, submit: Submit, now: float) -> Request | None:
+        """Queue a request, or refuse it (in the news) and return None."""
+        assert submit.request_id not in self.state.requests, "the front end keeps ids unique"
+        keys = [next(self._keys) for _ in range(submit.sampling.n)]
+        tiers = self.state.tiers_for(submit)
+        request = Request(submit, tiers, self.limits.max_context_tokens, keys[0])
+        failure = admission.refuse(self.state, request, len(self._unstarted))
+        if submit.deadline is not None and submit.deadline <= now:
+            failure = _DEADLINE
+        if failure is not None:
+            retry = QUEUE_FULL_RETRY_SECONDS if failure.reason == "QUEUE_FULL" else None
+            self._news.refuse(submit.request_id, failure, retry)
+            return None
+        self.state.requests[submit.request_id] = request
+        self._unstarted[submit.request_id] = request
+        self.state.waiting.push(request.choices[0])
+        if submit.deadline is not None:
+            self._watch_deadline(submit.deadline, submit.request_id)
+        return request
+
+    def abort(self, request_id: str, index: int | None, now: float) -> None:
+        """End a request, or one choice of it, in whatever state it is. Unknown ones are ignored."""
+        request = self.state.requests.get(request_id)
+        if request is None:
+            return
+        if index is None:
+            self._end(request)
+            return
+        if index < len(request.choices):
+            choice = request.choices[index]
+            if choice.state is not ChoiceState.FINISHED:
+                self._finish_choice(choice, now)
+
+    def host_state(self, host: HostTierState, now: float) -> None:
+        """What the host tier is like now; call it before each `schedule`."""
+        state = self.state
+        if self.limits.host_blocks == 0:
+            return
+        state.host_up = host is HostTierState.UP
+        if state.host_up:
+            self._host_away_since, self._host_lost = None, False
+            return
+        if self._host_away_since is None:
+            self._host_away_since = now
+        expired = now - self._host_away_since >= LEASE_EXPIRED_SHARE * self.limits.lease_seconds
+        if host is HostTierState.LOST and not self._host_lost:
+            self._host_lost = True
+            for choice in state.running_on(Tier.HOST):
+                if choice.state is not ChoiceState.RUNNING:
+                    continue  # it ended with another choice of its request
+                if expired:
+                    self._fail(choice.request, _HOST_LOST)
+                else:
+                    # Its KV is gone, but it may go on elsewhere, or here once the host tier is
+                    # back.
+                    state.preempt(choice)
+        if expired and host is not HostTierState.DEGRADED:
+            self._end_host_only()
+
+    def _end_host_only(self) -> None:
+        """The host tier stayed away for a lease: whoever can be nowhere else ends."""
+        gpu_tokens = self.state.pools[Tier.GPU].total * self.limits.block_tokens
+        for choice in list(self.state.waiting):
+            gpu_is_possible = Tier.GPU in choice.request.tiers and choice.length <= gpu_tokens
+            if choice.state is ChoiceState.WAITING and not gpu_is_possible:
+                self._fail(choice.request, _HOST_LOST)
+
+    # -- the iteration -----------------------------------------------------------------------
+
+    def schedule(self, now: float) -> IterationPlan:
+        """Decide the next iteration. Blocks change hands here; tokens are counted in `update`."""
+        self.iterations += 1
+        state = self.state
+        self._drop_expired(now)
+        migrations = residency.force(state, self.iterations)
+        migrations += residency.grow(state)
+        if not migrations and not self.limits.force_migration_every:
+            migrations += residency.promote(state)
+        batch = BatchBuilder(self.limits.max_batch_tokens, self.iterations)
+        add_running(state, batch)
+        for choice in admission.admit(state, batch):
+            request = choice.request
+            self._unstarted.pop(request.request_id, None)
+            if request.first_planned is None:
+                request.first_planned = now
+        return IterationPlan(
+            number=self.iterations,
+            mode=Mode.INLINE,
+            migrations=self._still_valid(migrations),
+            batches=batch.build(),
+        )
+
+    def _still_valid(self, migrations: list[Migration]) -> tuple[Migration, ...]:
+        """Without those of choices that were preempted after all.
+
+        Running them would be harmless: whoever has their target blocks now fills them later in the
+        same iteration."""
+        running = self.state.running_by_key
+        return tuple(
+            m
+            for m in migrations
+            if m.tokens and m.key in running and running[m.key].computed == m.tokens
+        )
+
+    def update(self, plan: IterationPlan, result: SweepResult, now: float) -> None:
+        """Take in what became of a plan that `schedule` made."""
+        for key in result.lost:
+            choice = self.state.running_by_key.get(key)
+            if choice is not None:
+                self._prompt_logprobs.pop(key, None)
+                self.state.preempt(choice)
+        for batch in plan.batches:
+            for chunk in batch.prefill:
+                self._advance(chunk.key, len(chunk.token_ids), result, now)
+            for row in itertools.chain(batch.gpu_decode, batch.host_decode):
+                self._advance(row.key, 1, result, now)
+
+    def observe_host_sweep(self, milliseconds: float) -> None:
+        """How long an iteration with host decode rows took; decides who may promise a tpot on the
+        host tier."""
+        average = self.state.host_sweep_ms
+        self.state.host_sweep_ms = (
+            milliseconds
+            if average is None
+            else average + HOST_AVERAGE_WEIGHT * (milliseconds - average)
+        )
+
+    def take_news(self) -> News:
+        news, self._news = self._news, News()
+        return news
+
+    # -- questions ---------------------------------------------------------------------------
+
+    @property
+    def live_requests(self) -> int:
+        return len(self.state.requests)
+
+    @property
+    def stalled_choices(self) -> int:
+        """Choices that hold host blocks while the host tier is away."""
+        return 0 if self.state.host_up else len(self.state.running_on(Tier.HOST))
+
+    @property
+    def waiting_requests(self) -> int:
+        return len(self._unstarted)
+
+    @property
+    def waiting_prompt_tokens(self) -> int:
+        return sum(len(request.prompt) for request in self._unstarted.values())
+
+    # -- within ------------------------------------------------------------------------------
+
+    def _advance(self, key: int, tokens: int, result: SweepResult, now: float) -> None:
+        choice = self.state.running_by_key.get(key)
+        if choice is None or key in result.void or key in result.lost:
+            return
+        failure = result.failed.get(key)
+        if failure is not None:
+            self._fail(choice.request, failure)
+            return
+        choice.computed += tokens
+        self._collect_prompt_logprobs(choice, result)
+        if choice.computed < choice.length:
+            return
+        self._accept(choice, result.tokens[key], now)
+
+    def _accept(self, choice: Choice, token: SampledToken, now: float) -> None:
+        request = choice.request
+        assert choice.tier is not None
+        request.tokens[choice.tier] += 1
+        if request.first_token is None:
+            request.first_token = now
+        if len(request.choices) > 1:
+            self.state.release_held(request)
+        finish, stop_token_id = choice.accept(token.token_id, self.limits.eos_token_ids)
+        self._news.token(choice, token, finish, stop_token_id)
+        if finish is not None:
+            self._finish_choice(choice, now)
+
+    def _collect_prompt_logprobs(self, choice: Choice, result: SweepResult) -> None:
+        request = choice.request
+        if not request.wants_prompt_logprobs or choice.index != 0:
+            return
+        collected = self._prompt_logprobs.setdefault(choice.key, [])
+        collected.extend(result.prompt_logprobs.get(choice.key, ()))
+        if choice.computed >= len(request.prompt):
+            self._news.prompt(request, self._prompt_logprobs.pop(choice.key))
+            request.wants_prompt_logprobs = False
+
+    def _finish_choice(self, choice: Choice, now: float) -> None:
+        self._prompt_logprobs.pop(choice.key, None)
+        self.state.finish(choice)
+        if choice.request.is_finished:
+            self._unstarted.pop(choice.request.request_id, None)
+            self._news.usage(choice.request, now)
+
+    def _fail(self, request: Request, failure: Failure) -> None:
+        self._end(request)
+        self._news.refuse(request.request_id, failure)
+
+    def _end(self, request: Request) -> None:
+        self._unstarted.pop(request.request_id, None)
+        for choice in request.choices:
+            if choice.state is not ChoiceState.FINISHED:
+                self._prompt_logprobs.pop(choice.key, None)
+                self.state.finish(choice)
+
+    def _watch_deadline(self, deadline: float, request_id: str) -> None:
+        heapq.heappush(self._deadlines, (deadline, request_id))
+        # Requests end long before distant deadlines: keep no more of the ended ones than there are
+        # live ones.
+        if len(self._deadlines) > 2 * len(self.state.requests) + 64:
+            live = self.state.requests.values()
+            self._deadlines = [
+                (r.submit.deadline, r.request_id) for r in live if r.submit.deadline is not None
+            ]
+            heapq.heapify(self._deadlines)
+
+    def _drop_expired(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            request = self.state.requests.get(request_id)
+            # The id may have been used again by a request with another deadline.
+            if request is not None and request.submit.deadline == deadline:
+                self._fail(request, _DEADLINE)
+
+
+_DEADLINE = Failure("DEADLINE_EXCEEDED", "the request's deadline has passed")
+_HOST_LOST = Failure(
+    "HOST_TIER_LOST",
+    "the cpu_service that held this request's KV did not come back within its lease",
+)

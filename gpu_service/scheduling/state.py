@@ -1,0 +1,227 @@
+"""All that the scheduler knows, and the few verbs that change who holds which blocks.
+
+Decisions (admission, residency, batching) read this and call the verbs; nothing else moves blocks,
+so the invariants of `check_integrity` hold whatever is decided.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+
+from gpu_service.engine.messages import Submit
+from gpu_service.kv.allocator import BlockAllocator
+from gpu_service.kv.table import BlockTable, blocks_for
+from gpu_service.scheduling.limits import SchedulerLimits
+from gpu_service.scheduling.plan import Migration, Tier
+from gpu_service.scheduling.request import Choice, ChoiceState, Request
+from gpu_service.scheduling.waiting import WaitingQueue
+
+
+class SchedulerState:
+    """Requests, queue, running choices and blocks. Used by one thread."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.limits = limits
+        self.pools = {
+            Tier.GPU: BlockAllocator(limits.gpu_blocks),
+            Tier.HOST: BlockAllocator(limits.host_blocks),
+        }
+        self.requests: dict[str, Request] = {}
+        self.waiting = WaitingQueue()
+        self.running: list[Choice] = []
+        """Sorted by `Choice.order`, oldest first."""
+        self.running_by_key: dict[int, Choice] = {}
+        self.host_up = limits.host_blocks > 0
+        """False while the cpu_service is away: host choices wait, and no host block changes hands
+        (a stopped peer may still write into blocks that it was told of)."""
+        self.host_sweep_ms: float | None = None
+        """Moving average of iterations with host decode rows; None until there was one."""
+        self.recomputations = 0
+        self.migrations = dict.fromkeys(Tier, 0)
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def usable(self, tier: Tier) -> bool:
+        return self.pools[tier].total > 0 and (tier is Tier.GPU or self.host_up)
+
+    def fits(self, tier: Tier, blocks: int) -> bool:
+        return self.usable(tier) and self.pools[tier].can_allocate(blocks)
+
+    def tiers_for(self, submit: Submit) -> tuple[Tier, ...]:
+        """Where a new request may ever be, the preferred tier first. Not whether there is room
+        now."""
+        placement, policy = submit.placement, self.limits.offload
+        if self.limits.host_blocks == 0 or policy == "never" or placement == "gpu_only":
+            return (Tier.GPU,)
+        if submit.tpot_ms is not None and not self._host_meets(submit.tpot_ms):
+            return (Tier.GPU,)
+        if policy == "always":
+            return (Tier.HOST,)
+        if placement == "cpu_preferred":
+            return (Tier.HOST, Tier.GPU)
+        return (Tier.GPU, Tier.HOST)
+
+    def _host_meets(self, tpot_ms: float) -> bool:
+        """Unknown counts as no: a promise that nobody has measured is not made."""
+        return self.host_sweep_ms is not None and self.host_sweep_ms <= tpot_ms
+
+    def running_on(self, tier: Tier) -> list[Choice]:
+        """Oldest first; a new list, so that the caller may move choices while it walks."""
+        return [choice for choice in self.running if choice.tier is tier]
+
+    def shareable_blocks(self, choice: Choice, tier: Tier) -> list[int]:
+        """Full blocks of the prompt that another choice of the same request holds on `tier`,
+        computed.
+
+        At least one token is left to compute, since its logits are needed."""
+        request = choice.request
+        if len(request.choices) == 1:
+            return []
+        prompt = len(request.prompt)
+        full = min(prompt, choice.length - 1) // self.limits.block_tokens
+        for other in request.choices:
+            if other.tier is tier and other.computed >= prompt and full:
+                return other.table.tolist()[:full]
+        return []
+
+    def growth(self, tier: Tier, horizon_tokens: int) -> int:
+        """Blocks that the choices on `tier` will ask for in their next `horizon_tokens` tokens."""
+        size = self.limits.block_tokens
+        return sum(
+            max(0, blocks_for(c.length_after(horizon_tokens), size) - len(c.table))
+            for c in self.running
+            if c.tier is tier
+        )
+
+    # -- verbs -------------------------------------------------------------------------------
+
+    def start(self, choice: Choice, tier: Tier, shared: list[int]) -> None:
+        """WAITING -> RUNNING with blocks for all its known tokens, `shared` (from
+        `shareable_blocks`) among them."""
+        assert choice.state is ChoiceState.WAITING
+        pool, size = self.pools[tier], self.limits.block_tokens
+        pool.fork(shared)
+        own = pool.allocate(blocks_for(choice.length, size) - len(shared))
+        self.waiting.remove(choice)
+        choice.state, choice.tier = ChoiceState.RUNNING, tier
+        choice.table = BlockTable([*shared, *own])
+        choice.computed = len(shared) * size
+        choice.request.cached_prompt_tokens += choice.computed
+        bisect.insort(self.running, choice, key=lambda c: c.order)
+        self.running_by_key[choice.key] = choice
+
+    def reserve(self, choice: Choice, tokens: int) -> bool:
+        """Make room for `tokens` tokens in the choice's table; False (and no change) if there are
+        too few blocks."""
+        assert choice.tier is not None
+        missing = blocks_for(tokens, self.limits.block_tokens) - len(choice.table)
+        if missing <= 0:
+            return True
+        if not self.fits(choice.tier, missing):
+            return False
+        choice.table.extend(self.pools[choice.tier].allocate(missing))
+        return True
+
+    def migrate(self, choice: Choice) -> Migration:
+        """Give a running choice blocks on the other tier, for all its known tokens, and let go of
+        its own.
+
+        The caller has checked that they fit. Blocks that other choices share stay with them."""
+        source = choice.tier
+        assert source is not None
+        target, size = source.other, self.limits.block_tokens
+        table = BlockTable(self.pools[target].allocate(blocks_for(choice.length, size)))
+        filled = blocks_for(choice.computed, size)
+        migration = Migration(
+            key=choice.key,
+            target=target,
+            tokens=choice.computed,
+            source_blocks=choice.table.view()[:filled],
+            target_blocks=table.view()[:filled],
+        )
+        self.pools[source].free(choice.table.tolist())
+        choice.tier, choice.table = target, table
+        choice.request.migrations[target] += 1
+        self.migrations[target] += 1
+        return migration
+
+    def preempt(self, choice: Choice) -> None:
+        """RUNNING -> WAITING: its KV is thrown away and will be computed again."""
+        self._release(choice)
+        if choice.computed:
+            choice.request.recomputations += 1
+            self.recomputations += 1
+        choice.computed = 0
+        choice.state = ChoiceState.WAITING
+        self.waiting.push(choice)
+
+    def finish(self, choice: Choice) -> None:
+        """To FINISHED from any state; the last choice takes its request with it."""
+        if choice.state is ChoiceState.RUNNING:
+            self._release(choice)
+        elif choice.state is ChoiceState.WAITING:
+            self.waiting.remove(choice)
+        choice.state = ChoiceState.FINISHED
+        request = choice.request
+        if request.is_finished:
+            del self.requests[request.request_id]
+        else:
+            # The others may have waited for this one's prefill.
+            self.release_held(request)
+
+    def release_held(self, request: Request) -> None:
+        """HELD -> WAITING, once another choice has computed the prompt; without such a choice one
+        of them goes first."""
+        live = [c for c in request.choices if c.state is not ChoiceState.FINISHED]
+        held = [c for c in live if c.state is ChoiceState.HELD]
+        if not held:
+            return
+        if len(held) == len(live):
+            del held[1:]
+        elif all(c.computed < len(request.prompt) for c in live):
+            return
+        for choice in held:
+            choice.state = ChoiceState.WAITING
+            self.waiting.push(choice)
+
+    def _release(self, choice: Choice) -> None:
+        assert choice.state is ChoiceState.RUNNING
+        assert choice.tier is not None
+        self.pools[choice.tier].free(choice.table.tolist())
+        choice.tier, choice.table = None, BlockTable()
+        del self.running_by_key[choice.key]
+        place = bisect.bisect_left(self.running, choice.order, key=lambda c: c.order)
+        assert self.running[place] is choice
+        del self.running[place]
+
+    # -- integrity ---------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Assert that nothing leaked and that nobody is in two places. O(all blocks): for tests and
+        idle times."""
+        for tier, pool in self.pools.items():
+            pool.check_integrity(c.table.tolist() for c in self.running if c.tier is tier)
+        choices = [c for r in self.requests.values() for c in r.choices]
+        self._check_members(choices, ChoiceState.RUNNING, self.running)
+        self._check_members(choices, ChoiceState.WAITING, self.waiting)
+        size = self.limits.block_tokens
+        for choice in self.running:
+            assert self.running_by_key[choice.key] is choice
+            assert 0 <= choice.computed < choice.length
+            assert len(choice.table) >= blocks_for(choice.computed, size)
+            # Only full blocks of the prompt may be shared: nobody ever writes into those again.
+            assert choice.tier is not None
+            pool = self.pools[choice.tier]
+            private = choice.table.tolist()[len(choice.request.prompt) // size :]
+            assert all(pool.references(block) == 1 for block in private)
+
+    @staticmethod
+    def _check_members(
+        choices: list[Choice], state: ChoiceState, members: Iterable[Choice]
+    ) -> None:
+        expected = {c.key for c in choices if c.state is state}
+        present = [c.key for c in members]
+        assert sorted(present) == sorted(expected), f"{state.value} choices in the wrong place"
+        orders = [c.order for c in members]
+        assert orders == sorted(orders)

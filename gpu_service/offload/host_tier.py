@@ -22,6 +22,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:  # the scheduler reads `HostTierState` and runs without torch
     import torch
 
+    from kernels.cpu import KvPool
+
 
 class HostTierState(enum.Enum):
     """OFF: there is none. UP: in use. DEGRADED: the cpu_service is away and its lease has not run out; KV is kept.
@@ -67,6 +69,12 @@ class HostTier(Protocol):
     @property
     def epoch(self) -> int:
         """Counts sessions and resumptions; a change means that sweeps in flight are void."""
+        ...
+
+    @property
+    def pool(self) -> KvPool | None:
+        """The host pool as this process maps it, for copies of whole blocks; None where it cannot be reached (grpc) or
+        while the tier is not UP."""
         ...
 
     def poll(self) -> None:

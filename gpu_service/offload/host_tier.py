@@ -24,10 +24,13 @@ if TYPE_CHECKING:  # the scheduler reads `HostTierState` and runs without torch
 
     from kernels.cpu import KvPool
 
+    from kernels.cpu import KvPool
+
 
 class HostTierState(enum.Enum):
     """OFF: there is none. UP: in use. DEGRADED: the cpu_service is away and its lease has not run out; KV is kept.
-    LOST: the KV is gone (lease expired, or the grpc transport's peer died); `recover` starts an empty session."""
+    LOST: the KV is gone (lease expired, or the grpc transport's peer died); seen for one `poll` at least, before the
+    tier is UP again with an empty pool."""
 
     OFF = "off"
     UP = "up"
@@ -85,15 +88,20 @@ class HostTier(Protocol):
         ...
 
     def write_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store `k`, `v` `[tokens, kv_heads, head_dim]` of one layer at `slots` `[tokens]` int64 (host memory)."""
+        """Store `k`, `v` `[tokens, kv_heads, head_dim]` of one layer at `slots` `[tokens]` int64 (host memory).
+
+        Raises HostTierStalled, also while DEGRADED unless the old peer is known to be dead: until then it might still
+        write to blocks of the last sweep."""
         ...
 
     def read_kv(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V at `slots`, dequantised to the model's dtype."""
+        """K and V at `slots`, dequantised to the model's dtype. Raises HostTierStalled; shm reads while DEGRADED too."""
         ...
 
     def begin_sweep(self, lanes: Sequence[HostRows]) -> int:
-        """Publish the rows of at most two lanes; returns the sweep's number. Raises HostTierStalled."""
+        """Publish the rows of at most two lanes; returns the sweep's number. Raises HostTierStalled.
+
+        Every layer of a lane that has rows is to be submitted, in order, or the sweep cancelled."""
         ...
 
     def submit(self, lane: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -102,6 +110,11 @@ class HostTier(Protocol):
 
     def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
         """Fill `out` `[rows, query_heads, head_dim]` with that layer's result. Raises HostTierStalled."""
+        ...
+
+    def cancel_sweep(self) -> None:
+        """Drop the rest of the current sweep (the engine failed in the middle of it). When it returns, its blocks may be
+        used otherwise. Raises HostTierStalled. Nothing to do after a sweep that was waited for to its end."""
         ...
 
     def close(self) -> None:

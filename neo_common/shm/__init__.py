@@ -1,0 +1,1 @@
+"""Shared memory between services of one machine: sealed memory files, and how their descriptors change hands."""

@@ -24,8 +24,6 @@ if TYPE_CHECKING:  # the scheduler reads `HostTierState` and runs without torch
 
     from kernels.cpu import KvPool
 
-    from kernels.cpu import KvPool
-
 
 class HostTierState(enum.Enum):
     """OFF: there is none. UP: in use. DEGRADED: the cpu_service is away and its lease has not run out; KV is kept.
@@ -75,7 +73,7 @@ class HostTier(Protocol):
         ...
 
     @property
-    def pool(self) -> KvPool | None:
+    def mapped_pool(self) -> KvPool | None:
         """The host pool as this process maps it, for copies of whole blocks; None where it cannot be reached (grpc) or
         while the tier is not UP."""
         ...

@@ -6,7 +6,8 @@
         ...                                                         GPU attention of the other rows
         tier.wait(lane, layer, out)                                 o comes back
 
-A *lane* is an independent queue of layers within one sweep: asymmetric pipelining uses two, everything else one.
+A *lane* is an independent queue of layers within one sweep: asymmetric pipelining uses two,
+everything else one.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:  # the scheduler reads `HostTierState` and runs without torch
 
 
 class HostTierState(enum.Enum):
-    """OFF: there is none. UP: in use. DEGRADED: the cpu_service is away and its lease has not run out; KV is kept.
-    LOST: the KV is gone (lease expired, or the grpc transport's peer died); seen for one `poll` at least, before the
-    tier is UP again with an empty pool."""
+    """OFF: there is none. UP: in use. DEGRADED: the cpu_service is away and its lease has not run
+    out; KV is kept. LOST: the KV is gone (lease expired, or the grpc transport's peer died); seen
+    for one `poll` at least, before the tier is UP again with an empty pool."""
 
     OFF = "off"
     UP = "up"
@@ -37,8 +38,9 @@ class HostTierState(enum.Enum):
 
 
 class HostTierStalled(Exception):
-    """The cpu_service did not answer within the sweep's deadline, or has gone. The sweep's host rows are to be dropped
-    and repeated later; nothing that they wrote matters, since appending K and V at a position is idempotent."""
+    """The cpu_service did not answer within the sweep's deadline, or has gone. The sweep's host
+    rows are to be dropped and repeated later; nothing that they wrote matters, since appending K
+    and V at a position is idempotent."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class HostRows:
     """The decode rows of one lane for one sweep.
 
     lengths: `[rows]` int32, tokens attended, the new one included.
-    block_tables: `[rows, width]` int32 host block ids; entries past ceil(length / block_tokens) are ignored.
+    block_tables: `[rows, width]` int32 host block ids; entries past ceil(length / block_tokens) are
+    ignored.
     """
 
     lengths: npt.NDArray[np.int32]
@@ -54,9 +57,11 @@ class HostRows:
 
 
 class HostTier(Protocol):
-    """The engine's end of one session with a cpu_service. Not thread-safe: the engine core's thread alone calls it.
+    """The engine's end of one session with a cpu_service. Not thread-safe: the engine core's thread
+    alone calls it.
 
-    Tensors are on the engine's device, contiguous, in the model's dtype. Slots are `block * block_tokens + offset`.
+    Tensors are on the engine's device, contiguous, in the model's dtype. Slots are `block *
+    block_tokens + offset`.
     """
 
     @property
@@ -74,45 +79,53 @@ class HostTier(Protocol):
 
     @property
     def mapped_pool(self) -> KvPool | None:
-        """The host pool as this process maps it, for copies of whole blocks; None where it cannot be reached (grpc) or
-        while the tier is not UP."""
+        """The host pool as this process maps it, for copies of whole blocks; None where it cannot
+        be reached (grpc) or while the tier is not UP."""
         ...
 
     def poll(self) -> None:
         """Once per iteration: notice a lost peer, resume, recover. Never blocks.
 
-        `state` goes from LOST to UP here alone, and LOST is seen after at least one `poll`: the scheduler must learn that
-        the KV is gone before it may use the new session."""
+        `state` goes from LOST to UP here alone, and LOST is seen after at least one `poll`: the
+        scheduler must learn that the KV is gone before it may use the new session."""
         ...
 
     def write_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Store `k`, `v` `[tokens, kv_heads, head_dim]` of one layer at `slots` `[tokens]` int64 (host memory).
+        """Store `k`, `v` `[tokens, kv_heads, head_dim]` of one layer at `slots` `[tokens]` int64
+        (host memory).
 
-        Raises HostTierStalled, also while DEGRADED unless the old peer is known to be dead: until then it might still
-        write to blocks of the last sweep."""
+        Raises HostTierStalled, also while DEGRADED unless the old peer is known to be dead: until
+        then it might still write to blocks of the last sweep."""
         ...
 
     def read_kv(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V at `slots`, dequantised to the model's dtype. Raises HostTierStalled; shm reads while DEGRADED too."""
+        """K and V at `slots`, dequantised to the model's dtype. Raises HostTierStalled; shm reads
+        while DEGRADED too."""
         ...
 
     def begin_sweep(self, lanes: Sequence[HostRows]) -> int:
-        """Publish the rows of at most two lanes; returns the sweep's number. Raises HostTierStalled.
+        """Publish the rows of at most two lanes; returns the sweep's number. Raises
+        HostTierStalled.
 
         Every layer of a lane that has rows is to be submitted, in order, or the sweep cancelled."""
         ...
 
-    def submit(self, lane: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Start one layer's attention: `q` `[rows, query_heads, head_dim]`, `k`, `v` `[rows, kv_heads, head_dim]`."""
+    def submit(
+        self, lane: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Start one layer's attention: `q` `[rows, query_heads, head_dim]`, `k`, `v` `[rows,
+        kv_heads, head_dim]`."""
         ...
 
     def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
-        """Fill `out` `[rows, query_heads, head_dim]` with that layer's result. Raises HostTierStalled."""
+        """Fill `out` `[rows, query_heads, head_dim]` with that layer's result. Raises
+        HostTierStalled."""
         ...
 
     def cancel_sweep(self) -> None:
-        """Drop the rest of the current sweep (the engine failed in the middle of it). When it returns, its blocks may be
-        used otherwise. Raises HostTierStalled. Nothing to do after a sweep that was waited for to its end."""
+        """Drop the rest of the current sweep (the engine failed in the middle of it). When it
+        returns, its blocks may be used otherwise. Raises HostTierStalled. Nothing to do after a
+        sweep that was waited for to its end."""
         ...
 
     def close(self) -> None:

@@ -1,1 +1,2 @@
-"""Shared memory between services of one machine: sealed memory files, and how their descriptors change hands."""
+"""Shared memory between services of one machine: sealed memory files, and how their descriptors
+change hands."""

@@ -1,4 +1,5 @@
-"""Passing file descriptors over a Unix socket, once per token; the connection then stays as a *tether*.
+"""Passing file descriptors over a Unix socket, once per token; the connection then stays as a
+*tether*.
 
     engine                                      cpu_service
     connect, token [+ the pool's descriptor] -> token known? then it is used up
@@ -6,8 +7,9 @@
     ... the connection stays open ...
     end of file                              <- the service has stopped touching that memory, or is dead
 
-The kernel closes a dead process's sockets after it has taken its memory away, in every thread. So the end of file on
-the tether proves, across containers too, that nobody writes through the old mappings any more.
+The kernel closes a dead process's sockets after it has taken its memory away, in every thread. So
+the end of file on the tether proves, across containers too, that nobody writes through the old
+mappings any more.
 """
 
 from __future__ import annotations
@@ -62,9 +64,11 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
 def fetch(
     path: str, token: bytes, give: Sequence[int] = (), timeout: float = 5.0
 ) -> tuple[socket.socket, list[int]]:
-    """Engine: hand over `give`, take what the service offers for `token`. Blocks at most `timeout` seconds.
+    """Engine: hand over `give`, take what the service offers for `token`. Blocks at most `timeout`
+    seconds.
 
-    Returns the tether and the descriptors, both the caller's to close. Raises HandoffRefused or OSError."""
+    Returns the tether and the descriptors, both the caller's to close. Raises HandoffRefused or
+    OSError."""
     tether = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         tether.settimeout(timeout)
@@ -102,10 +106,12 @@ def remove_stale(runtime_dir: Path) -> None:
 
 
 class Offer:
-    """One token's worth of descriptors, waiting to be fetched; later the service's end of the tether."""
+    """One token's worth of descriptors, waiting to be fetched; later the service's end of the
+    tether."""
 
     def __init__(self, token: bytes, take: Callable[[list[int]], Sequence[int]]) -> None:
-        """`take` gets the peer's descriptors (and owns them), returns the service's; ValueError refuses."""
+        """`take` gets the peer's descriptors (and owns them), returns the service's; ValueError
+        refuses."""
         self.token = token
         self.take = take
         self.tether: socket.socket | None = None
@@ -122,7 +128,8 @@ class Offer:
 
 
 class HandoffServer:
-    """Listens on a socket of its own (mode 0600, in a new folder of mode 0700) within a running event loop."""
+    """Listens on a socket of its own (mode 0600, in a new folder of mode 0700) within a running
+    event loop."""
 
     def __init__(self, runtime_dir: Path) -> None:
         self._runtime_dir = runtime_dir

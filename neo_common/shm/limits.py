@@ -1,4 +1,5 @@
-"""How much memory this process may still allocate: the machine's and that of every cgroup around it, v1 and v2."""
+"""How much memory this process may still allocate: the machine's and that of every cgroup around
+it, v1 and v2."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def _groups(proc: Path) -> list[tuple[str, str]]:
 def memory_headroom(
     proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
 ) -> MemoryHeadroom:
-    """The tightest of MemAvailable and each cgroup's limit minus its usage (page cache does not count as used)."""
+    """The tightest of MemAvailable and each cgroup's limit minus its usage (page cache does not
+    count as used)."""
     available = 0
     for line in (proc / "meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -60,7 +62,12 @@ def memory_headroom(
     tightest = MemoryHeadroom(available, "the machine's available memory")
     for controllers, group in _groups(proc):
         if controllers == "":
-            mounts, limit, usage, cache = [cgroups, cgroups / "unified"], "max", "current", "inactive_file"
+            mounts, limit, usage, cache = (
+                [cgroups, cgroups / "unified"],
+                "max",
+                "current",
+                "inactive_file",
+            )
         elif "memory" in controllers.split(","):
             mounts, limit = [cgroups / "memory"], "limit_in_bytes"
             usage, cache = "usage_in_bytes", "total_inactive_file"

@@ -1,12 +1,14 @@
 """Anonymous memory files that two processes map, and that neither can shrink under the other.
 
-Not files in /dev/shm: a container's /dev/shm is 64 MiB unless somebody says otherwise, a name can be left behind, and
-anybody with the name can truncate it, which kills the reader with SIGBUS. A memfd counts against the memory cgroup
-alone, disappears with its last descriptor, and is sealed here against any change of size.
+Not files in /dev/shm: a container's /dev/shm is 64 MiB unless somebody says otherwise, a name can
+be left behind, and anybody with the name can truncate it, which kills the reader with SIGBUS. A
+memfd counts against the memory cgroup alone, disappears with its last descriptor, and is sealed
+here against any change of size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -17,7 +19,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def boot_id() -> str:
-    """Identifies this boot of this kernel: equal in two processes exactly when they may share memory."""
+    """Identifies this boot of this kernel: equal in two processes exactly when they may share
+    memory."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -57,7 +60,8 @@ class SharedMemory:
     def adopt(cls, fd: int, size: int) -> SharedMemory:
         """Map a descriptor that came from a peer. Takes `fd` over, also when it raises.
 
-        Raises ValueError when it is not a memory file of `size` bytes (rounded up to pages), or not sealed."""
+        Raises ValueError when it is not a memory file of `size` bytes (rounded up to pages), or not
+        sealed."""
         size = round_to_pages(size)
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -89,10 +93,9 @@ class SharedMemory:
             return
         os.close(self._fd)
         self._fd = -1
-        try:
+        # Somebody may still look at it (a KvPool, a channel): then it is unmapped with the last.
+        with contextlib.suppress(BufferError):
             self.buffer.close()
-        except BufferError:
-            pass  # a KvPool or channel still looks at it; unmapped when that is collected
 
     def __enter__(self) -> SharedMemory:
         return self

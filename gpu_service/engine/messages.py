@@ -52,7 +52,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Abort(msgspec.Struct, frozen=True, tag=True):
     """End a request (or, with `index`, one choice of it) without further output for it.
 
-    When `index` was the last live choice, the request's usage still follows. Unknown ids are ignored."""
+    When `index` was the last live choice, the request's usage still follows. Unknown ids are
+    ignored."""
 
     request_id: str
     index: int | None = None
@@ -150,7 +151,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """A long step of the start goes on, such as reading weights. Sent before Ready, a few times a second at most."""
+    """A long step of the start goes on, such as reading weights. Sent before Ready, a few times a
+    second at most."""
 
     stage: str
     """What is being done, in words."""

@@ -32,6 +32,7 @@ class Choice:
     """
 
     __slots__ = (
+        "__weakref__",
         "computed",
         "index",
         "key",

@@ -3,7 +3,7 @@ the last resort.
 
     GPU tier full    the newest choice that may go to the host is demoted and goes on decoding there
                      (none may, or there is no room: the newest is recomputed later)
-    host tier full   the oldest host choice that may is promoted; else the newest is recomputed later
+    host tier full   the oldest host choice that may is promoted (else the newest is recomputed)
     GPU blocks free  the oldest host choice is promoted, with headroom
 
 Hysteresis: a promotion leaves `PROMOTION_HORIZON_TOKENS` of growth free for every choice on the GPU
@@ -19,6 +19,8 @@ from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.state import SchedulerState
 
 PROMOTION_HORIZON_TOKENS = 64
+PROMOTION_WORTH_TOKENS = 8
+"""A choice this near to its end stays where it is: the copy would cost more than it gains."""
 
 
 def grow(state: SchedulerState) -> list[Migration]:
@@ -60,7 +62,8 @@ def promote(state: SchedulerState) -> list[Migration]:
     """At most one promotion an iteration, so that its copy stays short beside the sweep."""
     for choice in state.running_on(Tier.HOST):
         # A choice that prefers the host stays there.
-        if choice.request.tiers[0] is not Tier.GPU or not state.host_up:
+        nearly_done = choice.final_length - choice.length < PROMOTION_WORTH_TOKENS
+        if choice.request.tiers[0] is not Tier.GPU or nearly_done or not state.host_up:
             continue
         blocks = blocks_for(
             choice.length_after(PROMOTION_HORIZON_TOKENS), state.limits.block_tokens

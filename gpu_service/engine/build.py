@@ -1,0 +1,203 @@
+"""From configuration to an engine core that is ready to run: model, pools, host tier, scheduler."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from gpu_service.config import GpuServiceConfig
+from gpu_service.engine.core import EngineCore
+from gpu_service.engine.messages import Ready
+from gpu_service.model.model import CausalLM, Progress, load_model
+from gpu_service.model.sampling import Sampler
+from gpu_service.model.spec import read_spec
+from gpu_service.offload.factory import open_host_tier
+from gpu_service.offload.host_tier import HostTier
+from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
+from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv
+from gpu_service.pipeline.migration import Migrator
+from gpu_service.pipeline.parts import EngineParts
+from gpu_service.pipeline.runner import PlanRunner
+from gpu_service.pipeline.torch_kv import TorchDeviceKv
+from gpu_service.scheduling.limits import OFFLOAD_POLICIES, SchedulerLimits
+from gpu_service.scheduling.scheduler import Scheduler
+from kernels.cpu import ThreadPool
+from neo_common.model_spec import ModelSpec
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class BuiltCore:
+    core: EngineCore
+    ready: Ready
+
+
+def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> BuiltCore:
+    """Load the model and open the host tier.
+
+    Raises ValueError, or an error of the offload package, with one sentence that says what to do.
+    """
+    _check(config)
+    device = resolve_device(config.device)
+    spec = read_spec(config.model)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=device,
+        load_format=config.load_format,
+        progress=progress,
+    )
+    geometry = geometry_of(spec, config.block_tokens)
+    pool = ThreadPool(threads) if device.type == "cpu" else None
+    gpu = open_device_kv(config, geometry, model.dtype, device, pool)
+    host = open_host_tier(
+        config,
+        spec,
+        model.dtype,
+        max_rows=config.max_running_requests,
+        max_context_tokens=max_context(config, spec),
+        threads=pool,
+    )
+    return assemble(config, model, geometry, gpu, host, pool)
+
+
+def assemble(
+    config: GpuServiceConfig,
+    model: CausalLM,
+    geometry: AttentionGeometry,
+    gpu: DeviceKv,
+    host: HostTier,
+    threads: ThreadPool | None,
+) -> BuiltCore:
+    """A core from its parts; tests pass a host tier of their own."""
+    spec = model.spec
+    # Longer requests would fit on neither tier.
+    capacity = max(gpu.blocks, host.blocks) * config.block_tokens
+    context = min(max_context(config, spec), capacity)
+    scheduler = Scheduler(
+        SchedulerLimits(
+            gpu_blocks=gpu.blocks,
+            host_blocks=host.blocks,
+            block_tokens=config.block_tokens,
+            max_context_tokens=context,
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=config.max_running_requests,
+            max_waiting_requests=config.max_waiting_requests,
+            offload=config.offload,
+            eos_token_ids=frozenset(spec.eos_token_ids),
+            lease_seconds=config.lease_seconds,
+            force_migration_every=config.force_migration_every,
+        )
+    )
+    parts = EngineParts(model, geometry, gpu, host)
+    runner = PlanRunner(parts, Sampler(spec.eos_token_ids), Migrator(parts, threads))
+    ready = Ready(
+        max_context_tokens=context,
+        gpu_blocks=gpu.blocks,
+        host_blocks=host.blocks,
+        block_tokens=config.block_tokens,
+        device_name=device_name(model.device),
+        offload_transport=config.offload_transport if host.blocks else "",
+    )
+    return BuiltCore(EngineCore(scheduler, runner, host), ready)
+
+
+def _check(config: GpuServiceConfig) -> None:
+    if not config.model:
+        raise ValueError("model must be given: a Hugging Face directory, a GGUF file or smollm2")
+    if config.offload not in OFFLOAD_POLICIES:
+        known = ", ".join(OFFLOAD_POLICIES)
+        raise ValueError(f"offload must be one of {known}, not {config.offload!r}")
+    if config.offload == "always" and not config.cpu_services:
+        raise ValueError("cpu_services must name a cpu_service when offload is always")
+    if config.block_tokens not in (16, 32, 64):
+        raise ValueError(f"block_tokens must be 16, 32 or 64, not {config.block_tokens}")
+    if config.threads < 0:
+        raise ValueError("threads must not be negative")
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch sees no CUDA device on this machine")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU ({torch.get_num_threads()} threads)"
+
+
+def max_context(config: GpuServiceConfig, spec: ModelSpec) -> int:
+    if config.max_context_tokens > spec.max_context_tokens:
+        raise ValueError(
+            f"max_context_tokens is {config.max_context_tokens}, but the model was made for "
+            f"{spec.max_context_tokens}"
+        )
+    return config.max_context_tokens or spec.max_context_tokens
+
+
+def geometry_of(spec: ModelSpec, block_tokens: int) -> AttentionGeometry:
+    return AttentionGeometry(
+        layers=spec.layers,
+        query_heads=spec.query_heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        block_tokens=block_tokens,
+        scale=spec.head_dim**-0.5,
+        windows=tuple(spec.sliding_window) or (0,) * spec.layers,
+    )
+
+
+def open_device_kv(
+    config: GpuServiceConfig,
+    geometry: AttentionGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    threads: ThreadPool | None,
+) -> DeviceKv:
+    """The GPU tier's pool, as large as configured."""
+    block_bytes = (
+        2
+        * geometry.layers
+        * geometry.kv_heads
+        * geometry.head_dim
+        * geometry.block_tokens
+        * dtype.itemsize
+    )
+    if device.type == "cpu":
+        assert threads is not None
+        block_bytes = layout_of(geometry, dtype).pool_bytes(1)
+        blocks = config.gpu_kv_blocks or int(config.gpu_kv_gib * _GIB) // block_bytes
+        if blocks < 1:
+            raise ValueError(f"gpu_kv_gib is smaller than one KV block of {block_bytes} bytes")
+        try:
+            return CpuDeviceKv(geometry, dtype, blocks, threads)
+        except OSError as error:
+            raise ValueError(
+                f"gpu_kv_blocks: {blocks} blocks take {blocks * block_bytes / _GIB:.1f} GiB, "
+                "which this machine does not have"
+            ) from error
+    free, total = torch.cuda.mem_get_info(device)
+    spare = int(free - (1 - config.gpu_memory_utilization) * total)
+    blocks = config.gpu_kv_blocks or spare // block_bytes
+    if blocks < 1 or blocks * block_bytes > free:
+        raise ValueError(
+            f"gpu_memory_utilization: {free / _GIB:.1f} of {total / _GIB:.1f} GiB are free beside "
+            f"the weights, too little for {max(blocks, 1)} KV blocks of {block_bytes} bytes"
+        )
+    return TorchDeviceKv(geometry, dtype, blocks, device)

@@ -1,0 +1,135 @@
+"""The front end's handle on its engine core: starts the process, talks to it, notices its end.
+Imports no torch.
+
+    client = EngineClient(config)
+    ready = await client.start(on_progress)
+    await client.send(Submit(...))
+    async for event in client: ...          Output after Output; Failed if the core dies
+    await client.stop()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from gpu_service.config import GpuServiceConfig
+from gpu_service.engine import channel
+from gpu_service.engine.messages import Command, Event, Failed, Progress, Ready, Shutdown
+
+_DEAD = "the engine core ended unexpectedly ({how})"
+
+
+class EngineStartError(RuntimeError):
+    """The core could not start; the message is one sentence that says what to do."""
+
+
+class EngineClient:
+    """One engine core. Used from one event loop; not restartable: make a new client."""
+
+    def __init__(self, config: GpuServiceConfig) -> None:
+        self._config = config
+        self._context = zmq.asyncio.Context()
+        self._commands = self._context.socket(zmq.PUSH)
+        self._commands.set_hwm(channel.COMMAND_QUEUE)
+        self._events = self._context.socket(zmq.PULL)
+        self._events.set_hwm(channel.EVENT_QUEUE)
+        self._directory: Path | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._death: asyncio.Task[int] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the core's process, once started."""
+        return None if self._process is None else self._process.pid
+
+    async def start(self, progress: Callable[[Progress], None] | None = None) -> Ready:
+        """Start the core and wait until it can take requests; `progress` hears of long steps.
+
+        Raises EngineStartError. After an error everything is cleaned up."""
+        assert self._process is None, "an EngineClient starts once"
+        # mkdtemp makes it 0700: the sockets in it are nobody else's to speak into.
+        self._directory = Path(tempfile.mkdtemp(prefix="neo-engine-"))
+        try:
+            self._commands.bind(channel.commands_address(self._directory))
+            self._events.bind(channel.events_address(self._directory))
+            config = msgspec.json.encode(self._config)
+            (self._directory / channel.CONFIG_FILE).write_bytes(config)
+            command = [sys.executable, "-m", "gpu_service.engine"]
+            command += ["--directory", str(self._directory), "--parent", str(os.getpid())]
+            # A session of its own: the terminal's Ctrl-C is for the front end, which drains first.
+            self._process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
+            self._death = asyncio.create_task(self._process.wait())
+            async for event in self:
+                if isinstance(event, Ready):
+                    return event
+                if isinstance(event, Failed):
+                    raise EngineStartError(event.message)
+                if isinstance(event, Progress) and progress is not None:
+                    progress(event)
+            raise EngineStartError(_DEAD.format(how="it said nothing"))
+        except BaseException:
+            await self.stop(grace_seconds=0)
+            raise
+
+    async def send(self, command: Command) -> None:
+        """Waits when the core is far behind (thousands of commands)."""
+        await self._commands.send(channel.encoder.encode(command))
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Events in order. Ends after Failed, and when the core has ended on request. One consumer
+        at a time."""
+        assert self._death is not None, "start it first"
+        while True:
+            received = asyncio.ensure_future(self._events.recv())
+            try:
+                await asyncio.wait({received, self._death}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not received.done():
+                    received.cancel()
+            if received.done() and not received.cancelled():
+                event = channel.event_decoder.decode(received.result())
+                yield event
+                if isinstance(event, Failed):
+                    return
+                continue
+            # What the core said before it ended may still be on its way to us.
+            if await self._events.poll(50):
+                continue
+            code = self._death.result()
+            if code != 0:
+                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                yield Failed(_DEAD.format(how=how))
+            return
+
+    async def stop(self, grace_seconds: float = 10.0) -> None:
+        """Let the core finish its live requests within the grace, then end it. Idempotent.
+
+        Somebody should go on reading events meanwhile, or requests with much output cannot end."""
+        if self._process is not None and self._process.returncode is None:
+            if grace_seconds > 0:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(grace_seconds):
+                        await self.send(Shutdown())
+                        await self._process.wait()
+            with suppress(ProcessLookupError):
+                if self._process.returncode is None:
+                    self._process.kill()
+            await self._process.wait()
+        if self._death is not None:
+            await asyncio.wait({self._death})
+        self._commands.close(linger=0)
+        self._events.close(linger=0)
+        self._context.term()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,0 +1,164 @@
+"""The engine core's loop body: commands in, one iteration, what there is to say out.
+
+Free of processes and sockets: tests and benchmarks drive it directly, `core_process` drives it from
+a front end.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from weakref import WeakKeyDictionary
+
+from gpu_service.engine.messages import Abort, Command, Load, Output, Shutdown, Submit, TierLoad
+from gpu_service.engine.statistics import IterationStatistics
+from gpu_service.model.sampling import SamplingRow
+from gpu_service.offload.host_tier import HostTier
+from gpu_service.pipeline.runner import PlanRunner
+from gpu_service.scheduling.plan import IterationPlan, SweepResult, Tier
+from gpu_service.scheduling.request import Choice
+from gpu_service.scheduling.scheduler import Scheduler
+
+_LOG = logging.getLogger(__name__)
+
+
+class SamplingRows(Mapping[int, SamplingRow]):
+    """Choice -> its row for the sampler, made once; the row follows the choice's output as it
+    grows."""
+
+    def __init__(self, running: Mapping[int, Choice]) -> None:
+        self._running = running
+        self._rows: WeakKeyDictionary[Choice, SamplingRow] = WeakKeyDictionary()
+
+    def __getitem__(self, key: int) -> SamplingRow:
+        choice = self._running[key]
+        row = self._rows.get(choice)
+        if row is None:
+            request = choice.request
+            row = SamplingRow(request.submit.sampling, request.prompt, choice.output, choice.index)
+            self._rows[choice] = row
+        return row
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._running)
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+
+class EngineCore:
+    """Owns the scheduler, the runner and the host tier. One thread.
+
+    while not core.is_done:
+        core.handle(command) ...
+        output = core.step()
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: PlanRunner,
+        host: HostTier,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler
+        self.host = host
+        self._runner = runner
+        self._clock = clock
+        self._sampling = SamplingRows(scheduler.state.running_by_key)
+        self._statistics = IterationStatistics()
+        self._tokens = dict.fromkeys(Tier, 0)
+        self._stopping = False
+        self._last_load: Load | None = None
+        self.made_progress = False
+        """The last `step` ran something, so the next one may have something to run, too."""
+
+    @property
+    def is_done(self) -> bool:
+        """Shutdown was asked for and no request is left."""
+        return self._stopping and self.scheduler.live_requests == 0
+
+    def handle(self, command: Command) -> None:
+        """Take in one command; what it leads to comes out of the next `step`."""
+        if isinstance(command, Submit):
+            if command.request_id in self.scheduler.state.requests:
+                # Refusing it would end the live one, whose id it carries.
+                _LOG.error("the front end submitted a request id twice; the second is ignored")
+                return
+            self.scheduler.submit(command, self._clock())
+        elif isinstance(command, Abort):
+            self.scheduler.abort(command.request_id, command.index, self._clock())
+        else:
+            assert isinstance(command, Shutdown)
+            self._stopping = True
+
+    def step(self) -> Output | None:
+        """One iteration, if anything can run; None when there is nothing new to say."""
+        started = self._clock()
+        self.host.poll()
+        self.scheduler.host_state(self.host.state, started)
+        plan = self.scheduler.schedule(started)
+        self.made_progress = not plan.is_empty
+        if self.made_progress:
+            result = self._runner.run(plan, self._sampling)
+            self._count(plan, result, started)
+        elif self.scheduler.live_requests == 0:
+            self._statistics.idle()
+        return self._output()
+
+    def close(self) -> None:
+        """End the session with the cpu_service."""
+        self.host.close()
+
+    def _count(self, plan: IterationPlan, result: SweepResult, started: float) -> None:
+        now = self._clock()
+        for batch in plan.batches:
+            hosts = {row.key for row in batch.host_decode}
+            hosts.update(row.key for row in batch.prefill if row.tier is Tier.HOST)
+            on_host = sum(key in hosts for key in result.tokens)
+            self._tokens[Tier.HOST] += on_host
+            self._tokens[Tier.GPU] += len(result.tokens) - on_host
+            if batch.host_decode and not result.void:
+                self.scheduler.observe_host_sweep(1e3 * (now - started))
+        self.scheduler.update(plan, result, now)
+        self._statistics.observe(now - started, len(result.tokens))
+
+    def _output(self) -> Output | None:
+        news, load = self.scheduler.take_news(), self._load()
+        if not news and load == self._last_load:
+            return None
+        self._last_load = load
+        return Output(
+            deltas=news.deltas,
+            prompt_logprobs=news.prompt_logprobs,
+            usages=news.usages,
+            refusals=news.refusals,
+            load=load,
+        )
+
+    def _load(self) -> Load:
+        scheduler, state = self.scheduler, self.scheduler.state
+        return Load(
+            host_tier_state=self.host.state.value,
+            gpu=self._tier_load(Tier.GPU),
+            host=self._tier_load(Tier.HOST),
+            waiting_requests=scheduler.waiting_requests,
+            waiting_prompt_tokens=scheduler.waiting_prompt_tokens,
+            block_tokens=scheduler.limits.block_tokens,
+            demotions_total=state.migrations[Tier.HOST],
+            promotions_total=state.migrations[Tier.GPU],
+            recomputations_total=state.recomputations,
+            iterations_total=self._statistics.iterations,
+            iteration_seconds=self._statistics.iteration_seconds,
+            output_tokens_per_second=self._statistics.tokens_per_second,
+        )
+
+    def _tier_load(self, tier: Tier) -> TierLoad:
+        pool = self.scheduler.state.pools[tier]
+        return TierLoad(
+            total_blocks=pool.total,
+            free_blocks=pool.free_count,
+            running_requests=sum(c.tier is tier for c in self.scheduler.state.running),
+            tokens_total=self._tokens[tier],
+        )

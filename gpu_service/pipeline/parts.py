@@ -1,0 +1,33 @@
+"""What every mode's pipeline works with, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_service.offload.host_tier import HostTier
+from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv
+from gpu_service.pipeline.model import DenseModel
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """Made once; used by the engine core's thread."""
+
+    model: DenseModel
+    geometry: AttentionGeometry
+    gpu: DeviceKv
+    host: HostTier
+
+
+@dataclass(frozen=True)
+class LaneOutcome:
+    """One sub-batch after the last layer.
+
+    state: `[tokens, hidden]`; void rows hold anything, and have disturbed no other row.
+    void: choices whose rows do not count and are to be repeated, since the host tier stalled.
+    """
+
+    state: torch.Tensor
+    void: frozenset[int]

@@ -1,0 +1,138 @@
+"""Between grpc.aio and our handlers: error mapping, malformed requests, refusal while draining."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from neo_common.errors import Reason, ServiceError
+
+_log = logging.getLogger(__name__)
+
+Context = Any
+"""grpc.aio.ServicerContext; the published stubs lack half of it."""
+Handler = Callable[[Any, Context], Any]
+
+
+class _Malformed:
+    """Stands for a request whose bytes are not its message: truncated, or text not UTF-8."""
+
+
+class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Every handler runs inside it.
+
+    - `ServiceError` (anything with `to_status()`) becomes that status; any other exception becomes
+      INTERNAL with an id that is in the log beside the traceback, and nothing else.
+    - Bytes that do not parse end with INVALID_ARGUMENT instead of gRPC's own INTERNAL.
+    - `live` counts the calls of `counted` methods; while `draining` is set, new ones of them end
+      with UNAVAILABLE (reason DRAINING). `idle` is set whenever none is live.
+    """
+
+    def __init__(self, counted: Callable[[str], bool]) -> None:
+        self._counted = counted
+        self.draining = False
+        self.live = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        method = details.method
+        if handler.response_streaming:
+            stream = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            wrap: Any = grpc.unary_stream_rpc_method_handler
+            if handler.request_streaming:
+                wrap = grpc.stream_stream_rpc_method_handler
+            behaviour: Handler = self._streaming(method, stream)
+        else:
+            unary = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            wrap = grpc.unary_unary_rpc_method_handler
+            if handler.request_streaming:
+                wrap = grpc.stream_unary_rpc_method_handler
+            behaviour = self._unary(method, unary)
+        parse = handler.request_deserializer
+        return wrap(behaviour, parse and _lenient(parse), handler.response_serializer)
+
+    def _unary(self, method: str, inner: Handler) -> Handler:
+        async def call(request: Any, context: Context) -> Any:
+            self._enter(method)
+            try:
+                self._check(method, request)
+                return await inner(request, context)
+            except Exception as error:
+                await _answer(method, error, context)
+            finally:
+                self._leave(method)
+
+        return call
+
+    def _streaming(self, method: str, inner: Handler) -> Handler:
+        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            self._enter(method)
+            try:
+                self._check(method, request)
+                produced = inner(request, context)
+                if hasattr(produced, "__aiter__"):
+                    async for message in produced:
+                        yield message
+                else:
+                    await produced  # a handler that writes to the context itself
+            except Exception as error:
+                await _answer(method, error, context)
+            finally:
+                self._leave(method)
+
+        return call
+
+    def _check(self, method: str, request: Any) -> None:
+        if isinstance(request, _Malformed):
+            raise ServiceError(Reason.INVALID_ARGUMENT, "the request's bytes cannot be decoded")
+        if self.draining and self._counted(method):
+            raise ServiceError(Reason.DRAINING, "this server is shutting down", retry_after=1.0)
+
+    def _enter(self, method: str) -> None:
+        if self._counted(method):
+            self.live += 1
+            self.idle.clear()
+
+    def _leave(self, method: str) -> None:
+        if self._counted(method):
+            self.live -= 1
+            if self.live == 0:
+                self.idle.set()
+
+
+def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def call(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except Exception:  # protobuf's DecodeError, or UnicodeDecodeError from its Python backend
+            return _Malformed()
+
+    return call
+
+
+async def _answer(method: str, error: Exception, context: Context) -> None:
+    if isinstance(error, grpc.aio.AbortError):  # the handler has answered already
+        raise error
+    to_status = getattr(error, "to_status", None)
+    if to_status is not None:
+        await context.abort_with_status(to_status())
+    if isinstance(error, grpc.aio.BaseError | grpc.aio.UsageError) and context.cancelled():
+        raise error  # the client is gone; there is nobody to tell
+    ticket = uuid.uuid4().hex[:12]
+    _log.error("%s failed, ticket %s", method, ticket, exc_info=error)
+    await context.abort_with_status(
+        ServiceError(Reason.INTERNAL_ERROR, f"internal error, ticket {ticket}").to_status()
+    )

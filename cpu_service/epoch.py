@@ -28,6 +28,14 @@ class EpochStats:
     kv_bytes_read: int = 0
     busy_seconds: float = 0.0
 
+    def __add__(self, other: EpochStats) -> EpochStats:
+        return EpochStats(
+            self.sweeps + other.sweeps,
+            self.rows + other.rows,
+            self.kv_bytes_read + other.kv_bytes_read,
+            self.busy_seconds + other.busy_seconds,
+        )
+
 
 class Epoch(Protocol):
     """One connection's worth of a session: it ends with the next resume, the pool does not."""

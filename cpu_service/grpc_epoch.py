@@ -13,7 +13,7 @@ import numpy.typing as npt
 from cpu_service.epoch import EpochStats, ThreadPlan
 from cpu_service.spec import SessionSpec
 from kernels import cpu
-from cpu_service.errors import Reason, ServiceError
+from neo_common.errors import Reason, ServiceError
 from neo_common.shm.memory import SharedMemory
 from protos.neo.v1 import cpu_attention_pb2 as pb
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cpu_service.errors import Reason, ServiceError
+from neo_common.errors import Reason, ServiceError
 from neo_common.shm.limits import MemoryHeadroom, memory_headroom
 from neo_common.shm.memory import SharedMemory
 from neo_common.shm.populate import populate

@@ -13,7 +13,7 @@ from cpu_service.epoch import Epoch, ThreadPlan
 from cpu_service.grpc_epoch import GrpcEpoch
 from cpu_service.sessions import Session, SessionTable
 from kernels import cpu
-from cpu_service.errors import Reason, ServiceError
+from neo_common.errors import Reason, ServiceError
 from neo_common.shm.memory import boot_id
 from protos.neo.v1 import cpu_attention_pb2 as pb
 from protos.neo.v1 import cpu_attention_pb2_grpc as pb_grpc
@@ -32,10 +32,17 @@ async def _next(
     over = asyncio.ensure_future(ended.wait())
     try:
         await asyncio.wait({read, over}, return_when=asyncio.FIRST_COMPLETED)
-        return read.result() if read.done() and not ended.is_set() else None
+        return _checked(read.result()) if read.done() and not ended.is_set() else None
     finally:
         read.cancel()
         over.cancel()
+
+
+def _checked(message: object) -> pb.AttendRequest | None:
+    """What could not be decoded arrives as some other object (see neo_common.grpc.guard)."""
+    if message is not None and not isinstance(message, pb.AttendRequest):
+        raise ServiceError(Reason.INVALID_ARGUMENT, "the message's bytes cannot be decoded")
+    return message
 
 
 class CpuAttentionServicer(pb_grpc.CpuAttentionServiceServicer):
@@ -65,16 +72,8 @@ class CpuAttentionServicer(pb_grpc.CpuAttentionServiceServicer):
         self, requests: AsyncIterator[pb.AttendRequest], context: Context
     ) -> AsyncIterator[pb.AttendResponse]:
         try:
-            async for response in self._attend(requests, context):
-                yield response
-        except ServiceError as error:
-            await context.abort(error.code, str(error))
-
-    async def _attend(
-        self, requests: AsyncIterator[pb.AttendRequest], context: Context
-    ) -> AsyncIterator[pb.AttendResponse]:
-        try:
-            first = await asyncio.wait_for(anext(requests, None), _FIRST_MESSAGE_SECONDS)
+            read = asyncio.wait_for(anext(requests, None), _FIRST_MESSAGE_SECONDS)
+            first = _checked(await read)
         except TimeoutError:
             first = None
         if first is None or first.WhichOneof("message") != "open":

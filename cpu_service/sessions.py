@@ -6,21 +6,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from cpu_service.config import CpuServiceConfig
-from cpu_service.epoch import Epoch, ThreadPlan
+from cpu_service.epoch import Epoch, EpochStats, ThreadPlan
 from cpu_service.grpc_epoch import GrpcEpoch
 from cpu_service.pool import GIB, PoolBudget, allocate_pool
 from cpu_service.shm_epoch import ShmEpoch
 from cpu_service.spec import SessionSpec, read_spec
-from cpu_service.errors import Reason, ServiceError
+from neo_common.errors import Reason, ServiceError
 from neo_common.shm.handoff import HandoffServer
 from neo_common.shm.memory import SharedMemory
 from protos.neo.v1 import cpu_attention_pb2 as pb
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -59,10 +61,16 @@ class SessionTable:
         self._opening = asyncio.Lock()
         self._empty = asyncio.Event()
         self._empty.set()
-        self._ending: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._past = EpochStats()
 
     def __len__(self) -> int:
         return len(self._sessions)
+
+    def totals(self) -> EpochStats:
+        """Over all epochs since the process started. Any thread."""
+        live = [session.epoch for session in list(self._sessions.values())]
+        return sum((epoch.stats() for epoch in live if epoch is not None), self._past)
 
     async def open(self, request: pb.OpenSession) -> tuple[Session, Epoch, bool]:
         """A new session, or the next epoch of one; the flag says whether its KV is kept. Raises
@@ -70,10 +78,14 @@ class SessionTable:
         spec = read_spec(request, self._config)
         # One at a time: memory is checked, then taken. Shielded: a client that goes away in the
         # middle must not leave a pool that nobody owns. Its session then ends by lease.
-        opening = asyncio.ensure_future(self._open(request, spec))
-        self._ending.add(opening)  # type: ignore[arg-type]
-        opening.add_done_callback(self._ending.discard)  # type: ignore[arg-type]
-        return await asyncio.shield(opening)
+        return await asyncio.shield(self._keep(self._open(request, spec)))
+
+    def _keep(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """A task that nobody's cancellation ends; the loop alone would not keep it alive."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _open(
         self, request: pb.OpenSession, spec: SessionSpec
@@ -159,6 +171,7 @@ class SessionTable:
         if epoch is None:
             return
         await epoch.stop()
+        self._past += epoch.stats()
         if isinstance(epoch, ShmEpoch) and session.pool is None:
             session.pool = epoch.pool  # handed over during that epoch
 
@@ -180,9 +193,7 @@ class SessionTable:
             self._arm(session)
             return
         _log.warning("session %s: lease expired, freeing it", session.spec.session_id[:8])
-        task = asyncio.get_running_loop().create_task(self.end(session))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._keep(self.end(session))
 
     async def end(self, session: Session) -> None:
         """Free everything. Idempotent."""

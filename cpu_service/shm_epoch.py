@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from cpu_service.epoch import EpochStats, ThreadPlan
 from cpu_service.spec import SessionSpec
 from kernels.cpu.dataplane import NONCE_BYTES, StepMemory, Worker, WorkerOptions
-from cpu_service.errors import Reason, ServiceError
+from neo_common.errors import Reason, ServiceError
 from neo_common.shm.handoff import HandoffServer, Offer
 from neo_common.shm.memory import SharedMemory
 from protos.neo.v1 import cpu_attention_pb2 as pb

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cpu_service.config import CpuServiceConfig
 from kernels.cpu import LAYOUT_VERSION, DType, KvLayout
 from kernels.cpu.dataplane import StepShape
-from cpu_service.errors import Reason, ServiceError
+from neo_common.errors import Reason, ServiceError
 from neo_common.shm.memory import boot_id
 from protos.neo.v1 import cpu_attention_pb2 as pb
 

@@ -1,0 +1,60 @@
+"""The process: start, serve, drain."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from pathlib import Path
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from cpu_service.affinity import plan_threads
+from cpu_service.config import CpuServiceConfig
+from cpu_service.metrics import SessionCollector
+from cpu_service.service import CpuAttentionServicer
+from cpu_service.sessions import SessionTable
+from neo_common.grpc.server import ServiceServer
+from neo_common.metrics import endpoint
+from neo_common.shm.handoff import HandoffServer
+from protos.neo.v1 import cpu_attention_pb2 as pb
+from protos.neo.v1 import cpu_attention_pb2_grpc as pb_grpc
+
+_log = logging.getLogger(__name__)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("neo-serving")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # straight from a source tree
+
+
+async def serve(config: CpuServiceConfig) -> None:
+    """Until SIGTERM or SIGINT and the drain after it. Raises ValueError when it cannot start."""
+    plan = plan_threads(config)
+    handoff = HandoffServer(Path(config.runtime_dir))
+    handoff.start()
+    try:
+        table = SessionTable(config, handoff, plan)
+        service = pb.DESCRIPTOR.services_by_name["CpuAttentionService"]
+        # Attend streams last as long as their engine; `table.drain` is what waits for them.
+        server = ServiceServer(config.listen, [service], counted=lambda method: False)
+        servicer = CpuAttentionServicer(table, plan, _version(), config.numa_node)
+        pb_grpc.add_CpuAttentionServiceServicer_to_server(servicer, server.grpc)
+        registry = CollectorRegistry()
+        registry.register(SessionCollector(table))
+        with endpoint(registry, config.metrics_port):
+            address = await server.start()
+            await server.set_serving(True)
+            _log.info("listening on %s, %d attention threads a session", address, plan.threads)
+            await server.wait_for_stop_signal()
+            await server.set_serving(False)
+            await table.drain(config.drain_grace_seconds)
+            await server.drain(0.0)
+    finally:
+        handoff.close()
+
+
+def run(config: CpuServiceConfig) -> None:
+    uvloop.run(serve(config))

@@ -37,6 +37,8 @@ class Reason(enum.StrEnum):
     HOST_TIER_LOST = "HOST_TIER_LOST"
     """The cpu_service that held the request's KV did not come back within the lease."""
     NO_BACKEND = "NO_BACKEND"
+    UNKNOWN_BACKEND = "UNKNOWN_BACKEND"
+    """No backend of that address is configured on the router."""
     BACKEND_LOST = "BACKEND_LOST"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
     LAYOUT_MISMATCH = "LAYOUT_MISMATCH"
@@ -68,6 +70,7 @@ _STATUS = {
     Reason.NOT_READY: grpc.StatusCode.UNAVAILABLE,
     Reason.ENGINE_LOST: grpc.StatusCode.UNAVAILABLE,
     Reason.HOST_TIER_LOST: grpc.StatusCode.UNAVAILABLE,
+    Reason.UNKNOWN_BACKEND: grpc.StatusCode.NOT_FOUND,
     Reason.NO_BACKEND: grpc.StatusCode.UNAVAILABLE,
     Reason.BACKEND_LOST: grpc.StatusCode.UNAVAILABLE,
     Reason.FAILED_PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,

@@ -26,7 +26,7 @@ def resolve_model(model: str | Path) -> Path:
         if len(files) == 1:
             return files[0]
         raise ValueError(
-            f"model: the directory {path} has no config.json (nor a single .gguf file)"
+            f"model: {path} has neither config.json nor a single .gguf file"
         )
     if not path.is_file():
         raise ValueError(f"model: {path} does not exist")

@@ -1,0 +1,7 @@
+"""Clients of NEO Serving (`Client`, `AsyncClient`) and the `neo` command. No torch."""
+
+from neo_client.aio import AsyncClient
+from neo_client.client import Client
+from neo_client.options import Sampling, Scheduling
+
+__all__ = ["AsyncClient", "Client", "Sampling", "Scheduling"]

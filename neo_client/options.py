@@ -1,0 +1,162 @@
+"""What a caller says about a request, and how channels are set up; shared by both clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from protos.neo.v1 import inference_pb2 as inference
+from protos.neo.v1 import types_pb2 as types
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text; token ids; or chat messages, each `{"role": ..., "content": ...}`."""
+
+PLACEMENTS = {
+    "auto": types.PLACEMENT_AUTO,
+    "gpu-only": types.PLACEMENT_GPU_ONLY,
+    "cpu-preferred": types.PLACEMENT_CPU_PREFERRED,
+}
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; fields, ranges and defaults are those of neo.v1.SamplingParams. None
+    takes the server's default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    n: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def to_proto(self) -> types.SamplingParams:
+        """Raises ValueError, naming the field, for what the message cannot even hold."""
+        message = types.SamplingParams()
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None:
+                continue
+            try:
+                if isinstance(value, Mapping):
+                    getattr(message, each.name).update(value)
+                elif isinstance(value, Sequence):
+                    getattr(message, each.name).extend(value)
+                else:
+                    setattr(message, each.name, value)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{each.name} cannot be {value!r}: {error}") from None
+        return message
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """What is asked of the scheduler; see neo.v1.SchedulingParams."""
+
+    placement: str | None = None
+    """`auto`, `gpu-only` or `cpu-preferred`; None takes the server's default."""
+    priority: int = 0
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def to_proto(self) -> types.SchedulingParams:
+        if self.placement is not None and self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}")
+        return types.SchedulingParams(
+            placement=PLACEMENTS[self.placement] if self.placement else None,
+            priority=self.priority,
+            ttft_ms=self.ttft_ms,
+            tpot_ms=self.tpot_ms,
+        )
+
+
+def chat_of(messages: Sequence[Mapping[str, str]]) -> types.Chat:
+    """Raises ValueError for a message without `role` or `content`."""
+    chat = types.Chat()
+    for number, message in enumerate(messages):
+        if set(message) != {"role", "content"}:
+            raise ValueError(f"chat message {number} must have exactly the keys role and content")
+        chat.messages.add(role=message["role"], content=message["content"])
+    return chat
+
+
+def generate_request(
+    prompt: Prompt,
+    *,
+    model: str = "",
+    request_id: str = "",
+    sampling: Sampling | None = None,
+    scheduling: Scheduling | None = None,
+    include_special_tokens: bool = False,
+    token_ids_only: bool = False,
+) -> inference.GenerateRequest:
+    """The message for `prompt`. Raises ValueError naming the field; the server checks the rest."""
+    request = inference.GenerateRequest(
+        request_id=request_id,
+        model=model,
+        sampling=sampling.to_proto() if sampling else None,
+        scheduling=scheduling.to_proto() if scheduling else None,
+        include_special_tokens=include_special_tokens,
+        token_ids_only=token_ids_only,
+    )
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        request.chat.CopyFrom(chat_of([dict(m) for m in prompt if isinstance(m, Mapping)]))
+    else:
+        request.token_ids.ids.extend(t for t in prompt if isinstance(t, int))
+    return request
+
+
+def _retries(service: str, methods: Sequence[str], attempts: int) -> dict[str, object]:
+    return {
+        "name": [{"service": f"neo.v1.{service}", "method": method} for method in methods],
+        "retryPolicy": {
+            "maxAttempts": attempts,
+            "initialBackoff": "0.1s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 3,
+            "retryableStatusCodes": ["UNAVAILABLE"],
+        },
+    }
+
+
+SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            # Questions: asking twice does no harm.
+            _retries(
+                "InferenceService", ["ListModels", "GetModel", "Tokenize", "Detokenize"], attempts=4
+            ),
+            # gRPC retries these only while no message of the answer has come.
+            _retries("InferenceService", ["Generate", "GenerateStream"], attempts=3),
+            _retries("EngineService", ["GetLoad", "GetInfo"], attempts=4),
+            _retries("RouterService", ["ListBackends"], attempts=4),
+        ]
+    }
+)
+"""Retries by policy, on named methods. Abort and Drain are not among them."""
+
+CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
+    ("grpc.service_config", SERVICE_CONFIG),
+    ("grpc.enable_retries", 1),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # A half-open connection is noticed within a minute, also while a stream waits for tokens.
+    ("grpc.keepalive_time_ms", 45_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)

@@ -1,0 +1,1 @@
+"""Holds client connections, picks a backend from load snapshots, relays message bytes."""

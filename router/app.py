@@ -1,0 +1,140 @@
+"""Puts a router together and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import grpc.aio
+from prometheus_client import CollectorRegistry
+
+from neo_common import metrics
+from neo_common.grpc.server import ServiceServer
+from protos.neo.v1 import router_pb2, router_pb2_grpc
+from router.backend import Backend, Health
+from router.config import RouterConfig
+from router.forward import SERVICE, Forwarder, RelayLimits
+from router.limits import Gate
+from router.load import WatchTiming
+from router.metrics import RouterMetrics
+from router.registry import Registry
+from router.service import RouterServicer
+
+ROUTER_SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"]
+DRAIN_CALL_SECONDS = 10.0
+
+log = logging.getLogger("router")
+
+
+class Router:
+    """One router. `start` it, `stop` it; used by one event loop."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.config = config
+        self.collector = CollectorRegistry()
+        self._metrics = RouterMetrics(self.collector)
+        self.registry = Registry(
+            [
+                Backend(address, self._channel(address), Health(config.stale_seconds))
+                for address in config.backends
+            ],
+            WatchTiming(
+                interval_ms=config.load_interval_ms,
+                silence_seconds=config.silence_seconds,
+                backoff_seconds=config.reconnect_seconds,
+                max_backoff_seconds=config.max_reconnect_seconds,
+            ),
+        )
+        self.server = ServiceServer(
+            config.listen,
+            [SERVICE, ROUTER_SERVICE],
+            counted=lambda method: method.startswith(f"/{SERVICE.full_name}/"),
+            max_message_bytes=config.max_message_mib << 20,
+        )
+        forwarder = Forwarder(
+            self.registry,
+            Gate(config.max_calls, config.retry_after_seconds),
+            self._metrics,
+            RelayLimits(config.max_attempts, config.abort_seconds, config.retry_after_seconds),
+        )
+        self.server.grpc.add_generic_rpc_handlers((forwarder.handler(),))
+        router_pb2_grpc.add_RouterServiceServicer_to_server(
+            RouterServicer(self.registry, DRAIN_CALL_SECONDS), self.server.grpc
+        )
+        self._news = asyncio.Event()
+        self._health: asyncio.Task[None] | None = None
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        limit = self.config.max_message_mib << 20
+        return grpc.aio.insecure_channel(
+            address,
+            options=(
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                # Retries are the forwarder's, which knows other backends.
+                ("grpc.enable_retries", 0),
+                ("grpc.keepalive_time_ms", 10_000),
+                ("grpc.keepalive_timeout_ms", 5_000),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", round(self.config.max_reconnect_seconds * 1000)),
+                # Two routers in one process (tests) must not share connections.
+                ("grpc.use_local_subchannel_pool", 1),
+            ),
+        )
+
+    async def start(self) -> str:
+        """Listen and watch the backends; returns the address. Raises ValueError."""
+        address = await self.server.start()
+        self.registry.on_change(self._news.set)
+        self.registry.start()
+        self._health = asyncio.create_task(self._follow_backends(), name="health")
+        log.info("listening on %s, backends %s", address, ", ".join(self.config.backends))
+        return address
+
+    async def _follow_backends(self) -> None:
+        """Healthy while at least one backend can take calls."""
+        serving = False
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            self._metrics.update(self.registry.backends, time.monotonic())
+            if self.server.guard.draining or self.registry.usable() == serving:
+                continue
+            serving = not serving
+            await self.server.set_serving(serving)
+            log.info("serving" if serving else "not serving: no backend can take calls")
+
+    async def stop(self) -> bool:
+        """Drain, then let go of everything; False when calls outlived the grace."""
+        finished = await self.server.drain(self.config.drain_grace_seconds)
+        if self._health is not None:
+            self._health.cancel()
+            await asyncio.gather(self._health, return_exceptions=True)
+        await self.registry.close()
+        return finished
+
+
+@contextlib.asynccontextmanager
+async def running(config: RouterConfig) -> AsyncIterator[Router]:
+    """A started router; stopped when the block ends."""
+    router = Router(config)
+    await router.start()
+    try:
+        yield router
+    finally:
+        await router.stop()
+
+
+async def serve(config: RouterConfig) -> None:
+    """Until SIGTERM or SIGINT. Raises ValueError when it cannot start."""
+    router = Router(config)
+    with metrics.endpoint(router.collector, config.metrics_port):
+        await router.start()
+        await router.server.wait_for_stop_signal()
+        log.info("draining, for at most %g s", config.drain_grace_seconds)
+        if not await router.stop():
+            log.warning("some calls outlived the grace and were cut")

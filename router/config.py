@@ -1,0 +1,70 @@
+"""Everything that can be configured about a router. Loaded by `neo_common.config` (file < NEO_* <
+flags)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """One router in front of some gpu_services."""
+
+    listen: str = "127.0.0.1:7000"
+    """Address of the gRPC server; port 0 takes a free one."""
+    backends: tuple[str, ...] = ()
+    """gRPC addresses of the gpu_services; at least one."""
+
+    max_calls: int = 4096
+    """Calls held at once; more are refused with RESOURCE_EXHAUSTED."""
+    max_attempts: int = 3
+    """Backends tried for one call while no message of its answer has come."""
+    abort_seconds: float = 5.0
+    """How long an Abort waits for each backend's answer."""
+    retry_after_seconds: float = 1.0
+    """What clients are told to wait when no backend can take their call."""
+    max_message_mib: int = 64
+    """Largest message in either direction."""
+
+    load_interval_ms: int = 200
+    """Time between a backend's load snapshots, 10 to 60000."""
+    stale_seconds: float = 2.0
+    """A backend whose newest snapshot is older is SUSPECT: others are preferred."""
+    silence_seconds: float = 5.0
+    """A load stream without a word for this long is given up and opened again."""
+    reconnect_seconds: float = 0.1
+    """Pause before a lost load stream is opened again; doubles up to `max_reconnect_seconds`."""
+    max_reconnect_seconds: float = 2.0
+    """Longest such pause: how long a backend that came back may stay unnoticed."""
+
+    drain_grace_seconds: float = 40.0
+    """How long SIGTERM lets live calls finish; longer than a gpu_service's own grace."""
+    metrics_port: int = 0
+    """Prometheus endpoint on this port; 0 means none."""
+    log_level: str = "info"
+    """`debug`, `info`, `warning` or `error`."""
+    log_format: str = "text"
+    """`text` or `json`."""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field."""
+        if not self.backends:
+            raise ValueError("backends must name at least one gpu_service, such as 127.0.0.1:7001")
+        if len(set(self.backends)) < len(self.backends):
+            raise ValueError("backends must not name an address twice")
+        for name in ("max_calls", "max_attempts", "max_message_mib"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        for name in (
+            "abort_seconds", "retry_after_seconds", "stale_seconds", "silence_seconds",
+            "reconnect_seconds", "max_reconnect_seconds",
+        ):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0")
+        for name in ("drain_grace_seconds", "metrics_port"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        if not 10 <= self.load_interval_ms <= 60_000:
+            raise ValueError("load_interval_ms must be 10 to 60000")
+        if self.stale_seconds * 1000 <= self.load_interval_ms:
+            raise ValueError("stale_seconds must be longer than load_interval_ms")

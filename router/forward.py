@@ -1,0 +1,173 @@
+"""The router's InferenceService: every call is relayed as raw bytes; see docs/adr/0003.
+
+    client ──bytes──> relay ──bytes──> backend          request, custom metadata, the time left
+    client <──bytes── relay <──bytes── backend          messages, metadata, status and its details
+
+What the router may add is an error of its own (no backend, too many calls) and a second try on
+another backend, as long as no message of an answer has come and the backend was UNAVAILABLE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+from neo_common.errors import Reason, ServiceError
+from protos.neo.v1 import inference_pb2
+from router.backend import Backend
+from router.limits import Gate
+from router.metrics import RouterMetrics
+from router.registry import Registry
+from router.relay import Context, Failure, attempt, forwarded
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+
+
+@dataclass(frozen=True)
+class RelayLimits:
+    max_attempts: int
+    """Backends tried for one call."""
+    abort_seconds: float
+    """How long an Abort waits for each backend's answer."""
+    retry_after_seconds: float
+    """What clients are told to wait when there is no backend."""
+
+
+class Forwarder:
+    """The handlers of InferenceService on the router; used by one event loop."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        gate: Gate,
+        metrics: RouterMetrics,
+        limits: RelayLimits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._gate = gate
+        self._metrics = metrics
+        self._limits = limits
+        self._clock = clock
+
+    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
+        """A handler without serialisers for each method that the service's descriptor names."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        for method in SERVICE.methods:
+            path = f"/{SERVICE.full_name}/{method.name}"
+            if method.name == "Abort":
+                methods[method.name] = grpc.unary_unary_rpc_method_handler(self._abort(path))
+            elif method.server_streaming:
+                methods[method.name] = grpc.unary_stream_rpc_method_handler(self._stream(path))
+            else:
+                methods[method.name] = grpc.unary_unary_rpc_method_handler(self._unary(path))
+        return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
+
+    def _unary(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        async def handle(request: bytes, context: Context) -> bytes:
+            answers: list[bytes] = []
+
+            async def keep(message: bytes) -> None:
+                answers.append(message)
+
+            await self._relay(path, request, context, keep)
+            if len(answers) != 1:
+                raise ServiceError(Reason.BACKEND_LOST, "the backend answered without a message")
+            return answers[0]
+
+        return handle
+
+    def _stream(self, path: str) -> Callable[[bytes, Context], Awaitable[None]]:
+        # A coroutine that writes, not an async generator: were the client to go away while a write
+        # waits, a generator would be closed by the garbage collector, and the backend told late.
+        async def handle(request: bytes, context: Context) -> None:
+            await self._relay(path, request, context, context.write)
+
+        return handle
+
+    async def _relay(
+        self, path: str, request: bytes, context: Context, send: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        with self._gate.enter(), self._metrics.measure(path) as measured:
+
+            async def pass_on(message: bytes) -> None:
+                measured.message()
+                await send(message)
+
+            tried: list[str] = []
+            failure: Failure | None = None
+            while len(tried) < self._limits.max_attempts:
+                backend = self._registry.choose(tried)
+                if backend is None:
+                    break
+                tried.append(backend.address)
+                measured.attempt(backend.address)
+                with backend.call(self._clock()):
+                    outcome = await attempt(backend.channel, path, request, context, pass_on)
+                failure = outcome.failure
+                self._note(backend, failure)
+                if failure is None:
+                    return
+                if outcome.answered or failure.code is not grpc.StatusCode.UNAVAILABLE:
+                    break
+            measured.code = failure.code.name if failure else "UNAVAILABLE"
+            await self._refuse(context, failure)
+
+    def _note(self, backend: Backend, failure: Failure | None) -> None:
+        if failure is not None and failure.unreachable:
+            backend.call_failed(self._clock())
+        else:
+            backend.call_answered()
+
+    async def _refuse(self, context: Context, failure: Failure | None) -> NoReturn:
+        """The backend's own words where there are any, else the router's: what a broken connection
+        leaves behind names addresses that are no client's business."""
+        if failure is not None and not failure.unreachable:
+            await failure.refuse(context)
+        reason, message = (
+            (Reason.NO_BACKEND, "no backend can take calls now")
+            if failure is None
+            else (Reason.BACKEND_LOST, "the backend of this call went away")
+        )
+        raise ServiceError(reason, message, retry_after=self._limits.retry_after_seconds)
+
+    def _abort(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """Request ids are not known here: every backend that may hold requests is asked."""
+
+        async def ask(backend: Backend, request: bytes, context: Context) -> bytes | Failure:
+            left = context.time_remaining()
+            limit = self._limits.abort_seconds
+            try:
+                channel: Any = backend.channel
+                answer: bytes = await channel.unary_unary(path)(
+                    request,
+                    timeout=limit if left is None else min(limit, left),
+                    metadata=forwarded(context.invocation_metadata()),
+                )
+                return answer
+            except grpc.aio.AioRpcError as error:
+                return Failure.of(error)
+
+        async def handle(request: bytes, context: Context) -> bytes:
+            with self._gate.enter(), self._metrics.measure(path) as measured:
+                answers = await asyncio.gather(
+                    *(ask(backend, request, context) for backend in self._registry.reachable())
+                )
+                failures: list[Failure] = []
+                for answer in answers:
+                    if isinstance(answer, bytes):
+                        return answer
+                    failures.append(answer)
+                # A backend that did not answer may hold the request: NOT_FOUND might be a lie.
+                failures.sort(key=lambda failure: failure.code is grpc.StatusCode.NOT_FOUND)
+                measured.code = failures[0].code.name if failures else "UNAVAILABLE"
+                return await self._refuse(context, failures[0] if failures else None)
+
+        return handle

@@ -1,0 +1,99 @@
+"""What Prometheus can read about the router."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from neo_common.errors import ServiceError
+from router.backend import Backend
+from router.policy import BackendState
+
+FIRST_MESSAGE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Measured:
+    """One call as it goes; `code` is the status that it ends with."""
+
+    def __init__(self, metrics: RouterMetrics, method: str) -> None:
+        self.code = "OK"
+        self._metrics = metrics
+        self._method = method
+        self._started = metrics.clock()
+        self._attempts = 0
+        self._answered = False
+
+    def attempt(self, backend: str) -> None:
+        """The call goes to `backend`."""
+        self._metrics.attempts.labels(backend).inc()
+        if self._attempts:
+            self._metrics.retries.inc()
+        self._attempts += 1
+
+    def message(self) -> None:
+        """A message of the answer came."""
+        if not self._answered:
+            self._answered = True
+            waited = self._metrics.clock() - self._started
+            self._metrics.first_message.labels(self._method).observe(waited)
+        self._metrics.messages.inc()
+
+
+class RouterMetrics:
+    """Counts and times of one router, in `registry`."""
+
+    def __init__(
+        self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock = clock
+        self.calls = Counter(
+            "neo_router_calls", "Calls by method and final status.", ["method", "code"],
+            registry=registry,
+        )  # fmt: skip
+        self.attempts = Counter(
+            "neo_router_attempts", "Calls sent to each backend.", ["backend"], registry=registry
+        )
+        self.retries = Counter(
+            "neo_router_retries", "Attempts after the first of a call.", registry=registry
+        )
+        self.messages = Counter("neo_router_messages", "Messages relayed.", registry=registry)
+        self.first_message = Histogram(
+            "neo_router_first_message_seconds", "From a call to the first message of its answer.",
+            ["method"], buckets=FIRST_MESSAGE_BUCKETS, registry=registry,
+        )  # fmt: skip
+        self.state = Gauge(
+            "neo_router_backend_state", "1 for the state that each backend is in, else 0.",
+            ["backend", "state"], registry=registry,
+        )  # fmt: skip
+        self.in_flight = Gauge(
+            "neo_router_backend_in_flight", "Calls open on each backend.", ["backend"],
+            registry=registry,
+        )  # fmt: skip
+
+    @contextmanager
+    def measure(self, path: str) -> Iterator[Measured]:
+        """Counts one call of `path`, `/package.Service/Method`, when the block ends."""
+        method = path.rpartition("/")[2]
+        measured = Measured(self, method)
+        try:
+            yield measured
+        except asyncio.CancelledError:
+            measured.code = "CANCELLED"
+            raise
+        except ServiceError as error:
+            measured.code = error.code.name
+            raise
+        finally:
+            self.calls.labels(method, measured.code).inc()
+
+    def update(self, backends: tuple[Backend, ...], now: float) -> None:
+        """Bring the gauges up to date."""
+        for backend in backends:
+            state, _ = backend.assess(now)
+            for each in BackendState:
+                self.state.labels(backend.address, each.value).set(each is state)
+            self.in_flight.labels(backend.address).set(backend.in_flight)

@@ -1,0 +1,107 @@
+"""One attempt of a call on one backend, as raw bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the published stubs lack it
+
+Context = grpc.aio.ServicerContext[bytes, bytes]
+Metadata = tuple[tuple[str, str | bytes], ...]
+
+DETAILS_KEY = "grpc-status-details-bin"
+"""Carries google.rpc.Status, so ErrorInfo, RetryInfo and BadRequest."""
+HOP_PREFIXES = ("grpc-", ":")
+HOP_KEYS = frozenset({"user-agent", "te", "content-type", "content-length", "accept-encoding"})
+
+
+def forwarded(metadata: Any) -> Metadata:
+    """The part of `metadata` that belongs to the two peers, not to one hop of the way."""
+    return tuple(
+        (key, value)
+        for key, value in (metadata or ())
+        if key == DETAILS_KEY or (key not in HOP_KEYS and not key.startswith(HOP_PREFIXES))
+    )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A status other than OK, as the backend (or the way to it) gave it."""
+
+    code: grpc.StatusCode
+    details: str
+    trailing: Metadata
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether the way to the backend failed, rather than the backend refusing: a service of
+        ours says why in the status details, a broken connection cannot."""
+        return self.code is grpc.StatusCode.UNAVAILABLE and all(
+            key != DETAILS_KEY for key, _ in self.trailing
+        )
+
+    @classmethod
+    def of(cls, error: grpc.aio.AioRpcError) -> Failure:
+        return cls(error.code(), error.details() or "", forwarded(error.trailing_metadata()))
+
+    async def refuse(self, context: Context) -> NoReturn:
+        """End our own call in the same way."""
+        await context.abort(self.code, self.details, self.trailing)
+        raise AssertionError("abort returned")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    failure: Failure | None
+    """None when the call ended with OK."""
+    answered: bool
+    """Whether any message was passed on; if so the call cannot be tried elsewhere."""
+
+
+async def attempt(
+    channel: Any,
+    path: str,
+    request: bytes,
+    context: Context,
+    send: Callable[[bytes], Awaitable[None]],
+) -> Outcome:
+    """Send `request` to `path` with what is left of the client's time; pass each message to `send`.
+
+    Unary methods go the same way: on the wire they are streams of one message. Cancelling this
+    coroutine cancels the backend's call.
+    """
+    call = channel.unary_stream(path)(
+        request,
+        timeout=context.time_remaining(),
+        metadata=forwarded(context.invocation_metadata()),
+    )
+    answered = False
+    try:
+        while (message := await call.read()) is not EOF:
+            if not answered:
+                answered = True
+                if initial := forwarded(await call.initial_metadata()):
+                    await context.send_initial_metadata(initial)
+            await send(message)
+        if trailing := forwarded(await call.trailing_metadata()):
+            context.set_trailing_metadata(trailing)
+        return Outcome(None, answered)
+    except grpc.aio.AioRpcError as error:
+        return Outcome(Failure.of(error), answered)
+    except asyncio.CancelledError:
+        # Either our client has gone, or the backend ended the call with CANCELLED: grpc.aio raises
+        # the same for both.
+        task = asyncio.current_task()
+        if (task is not None and task.cancelling()) or not call.done():
+            raise
+        details = str(await call.details() or "")
+        trailing = forwarded(await call.trailing_metadata())
+        return Outcome(Failure(grpc.StatusCode.CANCELLED, details, trailing), answered)
+    finally:
+        call.cancel()

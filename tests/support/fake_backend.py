@@ -70,8 +70,9 @@ class FakeBackend(
         self.metadata.append(dict(context.invocation_metadata()))
         self.time_left.append(context.time_remaining())
         if self.fail_with is not None:
-            context.set_trailing_metadata((("x-from", self.name),))
-            await context.abort_with_status(self.fail_with.to_status())
+            status: Any = self.fail_with.to_status()
+            trailing = (*status.trailing_metadata, ("x-from", self.name))
+            await context.abort(status.code, status.details, trailing)
 
     async def Generate(self, request: inference.GenerateRequest, context: Any) -> Any:
         await self._begin(request, context)

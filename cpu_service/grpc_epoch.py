@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +18,13 @@ from neo_common.errors import Reason, ServiceError
 from neo_common.shm.memory import SharedMemory
 from protos.neo.v1 import cpu_attention_pb2 as pb
 
-_NUMPY = {
+_NUMPY: dict[cpu.DType, np.dtype[Any]] = {
     cpu.DType.FLOAT32: np.dtype(np.float32),
     cpu.DType.BFLOAT16: np.dtype(np.uint16),  # the extension takes it as such
     cpu.DType.FLOAT16: np.dtype(np.float16),
 }
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 
 class GrpcEpoch:

@@ -47,8 +47,9 @@ class PoolBudget:
         if pool_bytes + other_bytes > free.bytes:
             raise ServiceError(
                 Reason.OUT_OF_HOST_MEMORY,
-                f"a host pool of {pool_bytes / GIB:.2f} GiB and {other_bytes / GIB:.2f} GiB of step memory do not fit "
-                f"into the {free.bytes / GIB:.2f} GiB that {free.source} leaves; lower host_kv_gib",
+                f"a host pool of {pool_bytes / GIB:.2f} GiB and {other_bytes / GIB:.2f} GiB of "
+                f"step memory do not fit into the {free.bytes / GIB:.2f} GiB that {free.source} "
+                "leaves; lower host_kv_gib",
                 field="host_blocks",
             )
         self._used += pool_bytes

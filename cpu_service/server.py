@@ -41,7 +41,8 @@ async def serve(config: CpuServiceConfig) -> None:
         # Attend streams last as long as their engine; `table.drain` is what waits for them.
         server = ServiceServer(config.listen, [service], counted=lambda method: False)
         servicer = CpuAttentionServicer(table, plan, _version(), config.numa_node)
-        pb_grpc.add_CpuAttentionServiceServicer_to_server(servicer, server.grpc)
+        add = pb_grpc.add_CpuAttentionServiceServicer_to_server
+        add(servicer, server.grpc)  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         registry.register(SessionCollector(table))
         with endpoint(registry, config.metrics_port):

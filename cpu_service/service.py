@@ -53,7 +53,9 @@ class CpuAttentionServicer(pb_grpc.CpuAttentionServiceServicer):
         self._numa_node = numa_node
 
     async def GetCapabilities(
-        self, request: pb.GetCapabilitiesRequest, context: grpc.aio.ServicerContext
+        self,
+        request: pb.GetCapabilitiesRequest,
+        context: grpc.aio.ServicerContext[pb.GetCapabilitiesRequest, pb.GetCapabilitiesResponse],
     ) -> pb.GetCapabilitiesResponse:
         return pb.GetCapabilitiesResponse(
             version=self._version,
@@ -61,7 +63,7 @@ class CpuAttentionServicer(pb_grpc.CpuAttentionServiceServicer):
             isas=["scalar"],
             threads=self._plan.threads,
             transports=[pb.TRANSPORT_SHM, pb.TRANSPORT_GRPC],
-            kv_dtypes=[pb.KvDtype.ValueType(dtype) for dtype in cpu.DType],
+            kv_dtypes=[pb.KvDtype.Name(dtype) for dtype in cpu.DType],
             pool_bytes_available=self._table.budget.available().bytes,
             layout_version=cpu.LAYOUT_VERSION,
             boot_id=boot_id(),

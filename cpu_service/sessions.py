@@ -108,7 +108,7 @@ class SessionTable:
         if len(self._sessions) >= self._config.max_sessions:
             raise ServiceError(
                 Reason.TOO_MANY_SESSIONS,
-                f"this cpu_service serves {self._config.max_sessions} sessions already (max_sessions)",
+                f"max_sessions: this cpu_service serves {self._config.max_sessions} already",
             )
         handed_over = request.resume and spec.transport == pb.TRANSPORT_SHM
         shared = sum(spec.step.sizes()) if spec.transport == pb.TRANSPORT_SHM else 0

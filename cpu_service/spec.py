@@ -17,6 +17,7 @@ from protos.neo.v1 import cpu_attention_pb2 as pb
 _MIN_LEASE_SECONDS = 1.0
 _MAX_BLOCKS = 1 << 31
 _MAX_BLOCKS_PER_ROW = 1 << 20
+_MAX_GROUP = 16
 # One layer's q, k and v of all rows in one message of the grpc transport.
 MAX_INLINE_BYTES = 48 << 20
 
@@ -32,7 +33,7 @@ class SessionSpec:
     scale: float
     softcap: float
     windows: tuple[int, ...]
-    transport: pb.Transport.ValueType
+    transport: pb.Transport
     lease_seconds: float
 
     @property
@@ -54,10 +55,20 @@ def _shape_fields(shape: pb.AttentionShape) -> None:
         "shape.query_heads",
         "must be a multiple of kv_heads",
     )
-    _require(shape.block_tokens in (16, 32, 64), "shape.block_tokens", "must be 16, 32 or 64")
-    _require(shape.kv_dtype in list(DType), "shape.kv_dtype", "is not a known type")
     _require(
-        shape.activation_dtype in (DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16),
+        shape.query_heads <= _MAX_GROUP * shape.kv_heads,
+        "shape.query_heads",
+        f"must be at most {_MAX_GROUP} times kv_heads",
+    )
+    _require(
+        shape.head_dim % 16 == 0 and 16 <= shape.head_dim <= 256,
+        "shape.head_dim",
+        "must be a multiple of 16 up to 256",
+    )
+    _require(shape.block_tokens in (16, 32, 64), "shape.block_tokens", "must be 16, 32 or 64")
+    _require(int(shape.kv_dtype) in list(DType), "shape.kv_dtype", "is not a known type")
+    _require(
+        int(shape.activation_dtype) in (DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16),
         "shape.activation_dtype",
         "must be float32, bfloat16 or float16",
     )
@@ -114,14 +125,15 @@ def _same_machine(request: pb.OpenSession) -> None:
     if request.layout_version != LAYOUT_VERSION:
         raise ServiceError(
             Reason.LAYOUT_MISMATCH,
-            f"layout_version {request.layout_version} of the engine is not this cpu_service's {LAYOUT_VERSION}; "
-            "run the same release on both sides",
+            f"layout_version {request.layout_version} of the engine is not this cpu_service's "
+            f"{LAYOUT_VERSION}; run the same release on both sides",
             field="layout_version",
         )
     if request.transport == pb.TRANSPORT_SHM and request.boot_id != boot_id():
         raise ServiceError(
             Reason.NOT_COLOCATED,
-            "boot_id differs: engine and cpu_service are on different machines; use the grpc transport",
+            "boot_id differs: engine and cpu_service are on different machines; "
+            "use the grpc transport",
             field="boot_id",
         )
 

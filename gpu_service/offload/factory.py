@@ -57,7 +57,8 @@ def open_host_tier(
         return NullHostTier()
     if len(config.cpu_services) > 1:
         raise ValueError(
-            "cpu_services must name exactly one cpu_service: a session per NUMA node is not supported yet"
+            "cpu_services must name exactly one cpu_service: "
+            "one session per NUMA node is not supported yet"
         )
     shape = host_shape(config, spec, dtype)
     options = HostTierOptions(

@@ -80,7 +80,7 @@ class Transport(Protocol):
     """Makes attachments; called from the keeper's thread, except `on_tensor` (the link's
     reader)."""
 
-    code: pb.Transport.ValueType
+    code: pb.Transport
 
     def attach(self, opened: pb.SessionOpened, link: Link, epoch: int) -> tuple[Attachment, bytes]:
         """Map what the service opened; the bytes are the nonce for MemoryMapped.
@@ -209,8 +209,8 @@ class SessionKeeper:
                 kv_heads=shape.kv_heads,
                 head_dim=shape.head_dim,
                 block_tokens=shape.block_tokens,
-                kv_dtype=pb.KvDtype.ValueType(shape.kv_dtype),
-                activation_dtype=pb.KvDtype.ValueType(shape.activation),
+                kv_dtype=pb.KvDtype.Name(shape.kv_dtype),
+                activation_dtype=pb.KvDtype.Name(shape.activation),
                 scale=shape.scale,
                 sliding_window=shape.sliding_window,
                 softcap=shape.softcap,

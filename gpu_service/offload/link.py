@@ -49,7 +49,8 @@ class Link:
         self._on_tensor = on_tensor
         self._wake = wake
         self._over = threading.Event()
-        self._call = pb_grpc.CpuAttentionServiceStub(self._channel).Attend(self._requests())
+        stub = pb_grpc.CpuAttentionServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._call = stub.Attend(self._requests())
         self._reader = threading.Thread(target=self._read, name="neo-offload-read", daemon=True)
         self._reader.start()
 

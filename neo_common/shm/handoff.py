@@ -5,7 +5,7 @@
     connect, token [+ the pool's descriptor] -> token known? then it is used up
     descriptors                              <- control, step [, pool]
     ... the connection stays open ...
-    end of file                              <- the service has stopped touching that memory, or is dead
+    end of file                              <- it touches that memory no more, or is dead
 
 The kernel closes a dead process's sockets after it has taken its memory away, in every thread. So
 the end of file on the tether proves, across containers too, that nobody writes through the old

@@ -72,7 +72,8 @@ class SharedMemory:
         if seals & _SEALS != _SEALS or actual != size:
             os.close(fd)
             raise ValueError(
-                f"the peer's memory is {actual} bytes with seals {seals:#x}, not {size} bytes sealed in size"
+                f"the peer's memory is {actual} bytes with seals {seals:#x}, "
+                f"not {size} bytes sealed in size"
             )
         try:
             return cls(fd, size)

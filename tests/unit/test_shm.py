@@ -77,7 +77,10 @@ async def test_handoff_passes_descriptors_once_and_the_tether_ends(tmp_path: Pat
         offer = server.offer(take)
         tether, fds = await asyncio.to_thread(fetch, str(server.path), offer.token, [pool.fd])
         assert offer.fetched
-        with SharedMemory.adopt(fds[0], 4096) as same, SharedMemory.adopt(received[0], 4096) as handed:
+        with (
+            SharedMemory.adopt(fds[0], 4096) as same,
+            SharedMemory.adopt(received[0], 4096) as handed,
+        ):
             assert same.identity() == control.identity()
             assert handed.identity() == pool.identity()
         assert not has_ended(tether)
@@ -164,7 +167,11 @@ def test_headroom_obeys_an_ancestor_and_does_not_count_page_cache(tmp_path: Path
     write_group(tmp_path / "cg/a/b", {"memory.max": "max\n", "memory.current": "600\n"})
     write_group(
         tmp_path / "cg/a",
-        {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 1\ninactive_file 200\n"},
+        {
+            "memory.max": "1000\n",
+            "memory.current": "700\n",
+            "memory.stat": "anon 1\ninactive_file 200\n",
+        },
     )
     headroom = memory_headroom(proc, tmp_path / "cg")
     assert headroom.bytes == 1000 - (700 - 200)

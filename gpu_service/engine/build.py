@@ -21,7 +21,7 @@ from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts
 from gpu_service.pipeline.runner import PlanRunner
 from gpu_service.pipeline.torch_kv import TorchDeviceKv
-from gpu_service.scheduling.limits import OFFLOAD_POLICIES, SchedulerLimits
+from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.scheduler import Scheduler
 from kernels.cpu import ThreadPool
 from neo_common.model_spec import ModelSpec
@@ -40,7 +40,7 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
 
     Raises ValueError, or an error of the offload package, with one sentence that says what to do.
     """
-    _check(config)
+    config.validate()
     device = resolve_device(config.device)
     spec = read_spec(config.model)
     threads = config.threads or len(os.sched_getaffinity(0))
@@ -102,24 +102,12 @@ def assemble(
         gpu_blocks=gpu.blocks,
         host_blocks=host.blocks,
         block_tokens=config.block_tokens,
+        device=model.device.type,
         device_name=device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
         offload_transport=config.offload_transport if host.blocks else "",
     )
     return BuiltCore(EngineCore(scheduler, runner, host), ready)
-
-
-def _check(config: GpuServiceConfig) -> None:
-    if not config.model:
-        raise ValueError("model must be given: a Hugging Face directory, a GGUF file or smollm2")
-    if config.offload not in OFFLOAD_POLICIES:
-        known = ", ".join(OFFLOAD_POLICIES)
-        raise ValueError(f"offload must be one of {known}, not {config.offload!r}")
-    if config.offload == "always" and not config.cpu_services:
-        raise ValueError("cpu_services must name a cpu_service when offload is always")
-    if config.block_tokens not in (16, 32, 64):
-        raise ValueError(f"block_tokens must be 16, 32 or 64, not {config.block_tokens}")
-    if config.threads < 0:
-        raise ValueError("threads must not be negative")
 
 
 def resolve_device(name: str) -> torch.device:

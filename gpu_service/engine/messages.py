@@ -146,8 +146,13 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     gpu_blocks: int
     host_blocks: int
     block_tokens: int
+    device: str
+    """"cpu" or "cuda"."""
     device_name: str
+    dtype: str
+    """Of weights and activations, such as "bfloat16"."""
     offload_transport: str
+    """"" without a host tier."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

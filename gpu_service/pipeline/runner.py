@@ -147,7 +147,7 @@ def _out_of_memory(plan: IterationPlan, lost: frozenset[int]) -> SweepResult:
     return SweepResult(void=frozenset(void), lost=lost, failed={victim: _OUT_OF_MEMORY})
 
 
-_NOT_FINITE = Failure("INTERNAL", "the model's logits for this request are not finite")
+_NOT_FINITE = Failure("NUMERICAL", "the model's logits for this request are not finite")
 _OUT_OF_MEMORY = Failure(
     "OUT_OF_MEMORY", "memory ran out while this request was running; the engine goes on"
 )

@@ -30,7 +30,7 @@ def refuse(state: SchedulerState, request: Request, unstarted: int) -> Failure |
     if needed > largest:
         where = " and ".join(tier.value for tier in request.tiers)
         return Failure(
-            "INVALID_ARGUMENT",
+            "NEVER_FITS",
             f"prompt and sampling.max_tokens need {needed} KV blocks of {limits.block_tokens} "
             f"tokens, and the {where} tier that the request may use has {largest}",
         )

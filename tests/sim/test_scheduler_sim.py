@@ -1,0 +1,226 @@
+"""Event simulation of the scheduler with a fake clock and a machine that checks every plan."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from gpu_service.engine.messages import Submit
+from gpu_service.offload.host_tier import HostTierState
+from gpu_service.scheduling.plan import IterationPlan, SweepResult, Tier
+from gpu_service.scheduling.scheduler import Scheduler
+from tests.support.fake_model import Machine, expected_output, limits, submit
+
+
+def workload(seed: int, count: int, longest: int = 40) -> list[Submit]:
+    draw = random.Random(seed)
+    return [
+        submit(
+            f"r{i}",
+            draw.randint(1, longest),
+            draw.randint(1, 24),
+            arrival=0.0,
+            n=draw.choice((1, 1, 1, 2, 3)),
+            placement=draw.choice(("auto", "auto", "gpu_only", "cpu_preferred")),
+            priority=draw.choice((0, 0, 0, 1)),
+        )
+        for i in range(count)
+    ]
+
+
+def run_all(requests: list[Submit], **changes: object) -> Machine:
+    machine = Machine(Scheduler(limits(**changes)))
+    for request in requests:
+        machine.submit(request)
+    machine.run()
+    machine.check_empty()
+    return machine
+
+
+def check_outputs(machine: Machine, requests: list[Submit]) -> None:
+    for request in requests:
+        for index in range(request.sampling.n):
+            key = (request.request_id, index)
+            assert machine.outputs[key] == expected_output(request)
+            assert machine.finished[key] == "length"
+        usage = machine.usages[request.request_id]
+        assert usage.completion_tokens == request.sampling.max_tokens * request.sampling.n  # type: ignore[attr-defined]
+        assert usage.gpu_tokens + usage.host_tokens == usage.completion_tokens  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("offload", ["never", "auto", "always"])
+def test_every_request_gets_its_tokens_once(seed: int, offload: str) -> None:
+    requests = workload(seed, 24)
+    machine = run_all(requests, offload=offload)
+    assert not machine.refused
+    check_outputs(machine, requests)
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_forced_migration_changes_no_token(every: int) -> None:
+    requests = workload(7, 16)
+    machine = run_all(requests, force_migration_every=every)
+    check_outputs(machine, requests)
+    moved = sum(machine.scheduler.state.migrations.values())
+    assert moved > len(machine.plans) // (4 * every)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5, 24, 500])
+def test_any_token_budget_works(budget: int) -> None:
+    requests = workload(3, 10)
+    check_outputs(run_all(requests, max_batch_tokens=budget), requests)
+
+
+@pytest.mark.parametrize("gpu_blocks", [13, 14, 40])
+@pytest.mark.parametrize("host_blocks", [0, 13, 100])
+def test_any_pool_that_holds_the_longest_request_works(gpu_blocks: int, host_blocks: int) -> None:
+    requests = [r for r in workload(5, 14, 28) if r.sampling.n == 1]
+    check_outputs(
+        run_all(requests, gpu_blocks=gpu_blocks, host_blocks=host_blocks), requests
+    )
+
+
+def test_a_gpu_pool_smaller_than_a_prompt_serves_it_from_the_host() -> None:
+    request = submit("long", 60, 10)
+    machine = run_all([request], gpu_blocks=4, host_blocks=20)
+    check_outputs(machine, [request])
+    assert machine.usages["long"].host_tokens == 10  # type: ignore[attr-defined]
+
+
+def plan_shape(plan: IterationPlan) -> object:
+    return [
+        (
+            [(r.key, r.tier, r.start, r.token_ids, r.blocks.tolist()) for r in b.prefill],
+            [(r.key, r.length, r.blocks.tolist()) for r in b.gpu_decode],
+            [(r.key, r.length) for r in b.host_decode],
+        )
+        for b in plan.batches
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_host_blocks_gives_exactly_the_gpu_only_plan(seed: int) -> None:
+    requests = workload(seed, 20, 24)
+    never = run_all(requests, offload="never", host_blocks=64)
+    empty = run_all(requests, offload="auto", host_blocks=0)
+    assert [plan_shape(p) for p in never.plans] == [plan_shape(p) for p in empty.plans]
+    assert not any(p.migrations for p in empty.plans)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_more_host_memory_never_lowers_throughput(seed: int) -> None:
+    """With equally fast tiers. The last iterations are ragged: a percent is noise."""
+    draw = random.Random(seed)
+    requests = [submit(f"r{i}", draw.randint(8, 32), draw.randint(8, 40)) for i in range(60)]
+    times = [
+        run_all(requests, host_blocks=blocks, max_running=64, max_batch_tokens=128).now
+        for blocks in (0, 18, 36, 72, 144)
+    ]
+    for less, more in zip(times, times[1:], strict=False):
+        assert more <= 1.01 * less, times
+    assert times[-1] < 0.6 * times[0], times
+
+
+def test_first_come_first_served_within_a_priority() -> None:
+    requests = [submit(f"r{i}", 16, 8, arrival=float(i)) for i in range(12)]
+    machine = run_all(requests, offload="never")
+    starts = [machine.first_token[r.request_id] for r in requests]
+    assert starts == sorted(starts)
+
+
+def test_higher_priority_overtakes_the_queue() -> None:
+    machine = Machine(Scheduler(limits(offload="never")))
+    for i in range(12):
+        machine.submit(submit(f"low{i}", 24, 16, arrival=float(i)))
+    machine.step()
+    machine.submit(submit("high", 24, 4, arrival=50.0, priority=5))
+    machine.run()
+    later = [t for r, t in machine.first_token.items() if r != "high"]
+    assert sum(t < machine.first_token["high"] for t in later) <= 3
+
+
+def test_a_stream_of_short_requests_does_not_starve_a_long_one() -> None:
+    machine = Machine(Scheduler(limits(host_blocks=0, gpu_blocks=20)))
+    for i in range(4):
+        machine.submit(submit(f"early{i}", 12, 12, arrival=0.0))
+    machine.submit(submit("long", 60, 8, arrival=1.0))
+    for i in range(200):
+        machine.submit(submit(f"s{i}", 4, 4, arrival=2.0 + i))
+        machine.step()
+        if ("long", 0) in machine.finished:
+            break
+    assert ("long", 0) in machine.finished
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_promotion_and_demotion_do_not_ping_pong(seed: int) -> None:
+    """A choice that was demoted stays away until the GPU's choices have grown or ended."""
+    draw = random.Random(seed)
+    requests = [submit(f"r{i}", draw.randint(8, 24), 60) for i in range(20)]
+    machine = run_all(requests, gpu_blocks=64, host_blocks=256, max_running=64)
+    moves: dict[int, list[tuple[int, Tier]]] = {}
+    for plan in machine.plans:
+        for move in plan.migrations:
+            moves.setdefault(move.key, []).append((plan.number, move.target))
+    for history in moves.values():
+        assert len(history) <= 4, history
+        for (first, a), (second, b) in zip(history, history[1:], strict=False):
+            if a is Tier.GPU and b is Tier.HOST:
+                assert second - first >= 8, "demoted again right after its promotion"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_aborts_leave_nothing_behind(seed: int) -> None:
+    draw = random.Random(seed)
+    requests = workload(seed + 50, 30)
+    machine = Machine(Scheduler(limits(force_migration_every=draw.choice((0, 3)))))
+    waiting, aborted = list(requests), set()
+    while waiting or machine.scheduler.live_requests:
+        for _ in range(draw.randint(0, 2)):
+            if waiting:
+                machine.submit(waiting.pop(0))
+        machine.step()
+        if draw.random() < 0.4:
+            victim = draw.choice(requests)
+            index = draw.choice((None, 0, 1, 2))
+            machine.scheduler.abort(victim.request_id, index, machine.now)
+            machine.scheduler.state.check_integrity()
+            aborted.add(victim.request_id)
+    machine.check_empty()
+    untouched = [r for r in requests if r.request_id not in aborted]
+    assert untouched
+    check_outputs(machine, untouched)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_stalls_lost_migrations_and_outages_lose_nothing(seed: int) -> None:
+    """Void rows are repeated, lost KV is computed again, and choices on the host wait out an outage."""
+    draw = random.Random(seed)
+    requests = workload(seed + 90, 20)
+    machine = Machine(Scheduler(limits(force_migration_every=draw.choice((0, 4)))))
+    for request in requests:
+        machine.submit(request)
+
+    def spoil(plan: IterationPlan, result: SweepResult) -> SweepResult:
+        keys = [r.key for b in plan.batches for r in b.host_decode]
+        lost = frozenset(m.key for m in plan.migrations if draw.random() < 0.3)
+        if draw.random() < 0.8 and not lost:
+            return result
+        return SweepResult(
+            tokens={k: t for k, t in result.tokens.items() if k not in keys and k not in lost},
+            void=frozenset(keys),
+            lost=lost,
+        )
+
+    for _ in range(3000):
+        if not machine.scheduler.live_requests:
+            break
+        machine.host = (
+            HostTierState.DEGRADED if draw.random() < 0.2 else HostTierState.UP
+        )
+        machine.step(spoil)
+    machine.check_empty()
+    assert not machine.refused
+    check_outputs(machine, requests)

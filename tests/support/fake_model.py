@@ -1,0 +1,225 @@
+"""A machine without a model: runs plans by a fake clock, and checks each of them against its own books.
+
+Tokens are a function of (prompt, position) alone, so that any scheduling must give the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gpu_service.engine.messages import SamplingSpec, Submit
+from gpu_service.offload.host_tier import HostTierState
+from gpu_service.scheduling.limits import SchedulerLimits
+from gpu_service.scheduling.plan import (
+    IterationPlan,
+    SampledToken,
+    SweepResult,
+    Tier,
+)
+from gpu_service.scheduling.scheduler import Scheduler
+
+
+def token_at(prompt: list[int], position: int) -> int:
+    """The token that follows position `position` of a sequence with that prompt."""
+    return 1000 + (sum(prompt) * 31 + position * 7) % 997
+
+
+def limits(**changes: object) -> SchedulerLimits:
+    values: dict[str, object] = {
+        "gpu_blocks": 16,
+        "host_blocks": 32,
+        "block_tokens": 4,
+        "max_context_tokens": 128,
+        "max_batch_tokens": 24,
+        "max_running": 16,
+        "eos_token_ids": frozenset({7}),
+    }
+    return SchedulerLimits(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def submit(
+    request_id: str,
+    prompt_tokens: int,
+    max_tokens: int,
+    *,
+    arrival: float = 0.0,
+    n: int = 1,
+    deadline: float | None = None,
+    placement: str = "auto",
+    priority: int = 0,
+    **sampling: object,
+) -> Submit:
+    prompt = [1 + (hash_of(request_id) + i) % 900 for i in range(prompt_tokens)]
+    return Submit(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        sampling=SamplingSpec(max_tokens=max_tokens, n=n, **sampling),  # type: ignore[arg-type]
+        arrival=arrival,
+        deadline=deadline,
+        placement=placement,
+        priority=priority,
+    )
+
+
+def hash_of(text: str) -> int:
+    """Stable over runs, unlike `hash`."""
+    return sum(ord(c) * 131**i for i, c in enumerate(text)) % 100_003
+
+
+def sweep_seconds(plan: IterationPlan) -> float:
+    """A machine whose two tiers are equally fast: a weight pass, then a little for each token."""
+    tokens = sum(batch.tokens for batch in plan.batches)
+    moved = sum(m.tokens for m in plan.migrations)
+    return 5e-3 + 1e-5 * tokens + 1e-6 * moved
+
+
+@dataclass
+class Books:
+    """What each choice's KV must be by now, kept apart from the scheduler: block -> whose, token range."""
+
+    stored: dict[tuple[Tier, int], dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    """(tier, block) -> offset -> the tokens up to and including that one."""
+
+
+Spoil = Callable[[IterationPlan, SweepResult], SweepResult]
+
+
+class Machine:
+    """Drives a scheduler. Every plan is executed on the books, so that a row that reads KV which is not there, or
+    somebody else's, is found at once."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        seconds: Callable[[IterationPlan], float] = sweep_seconds,
+    ) -> None:
+        self.scheduler = scheduler
+        self.now = 0.0
+        self.host = HostTierState.UP
+        self.plans: list[IterationPlan] = []
+        self.outputs: dict[tuple[str, int], list[int]] = {}
+        self.finished: dict[tuple[str, int], str] = {}
+        self.refused: dict[str, str] = {}
+        self.usages: dict[str, object] = {}
+        self.first_token: dict[str, float] = {}
+        self._seconds = seconds
+        self._books = Books()
+
+    def submit(self, request: Submit) -> None:
+        self.scheduler.submit(request, self.now)
+
+    def step(self, spoil: Spoil | None = None) -> bool:
+        """One iteration; False when nothing could run. `spoil` may replace the result."""
+        self.scheduler.host_state(self.host, self.now)
+        plan = self.scheduler.schedule(self.now)
+        self.plans.append(plan)
+        self.scheduler.state.check_integrity()
+        if plan.is_empty:
+            self._hear()
+            return False
+        self._check_limits(plan)
+        self.now += self._seconds(plan)
+        result = self._run(plan)
+        if spoil is not None:
+            result = spoil(plan, result)
+        self.scheduler.update(plan, result, self.now)
+        self.scheduler.state.check_integrity()
+        self._hear()
+        return True
+
+    def run(self, steps: int = 10_000) -> None:
+        """Until nothing is live."""
+        for _ in range(steps):
+            if not self.scheduler.live_requests:
+                return
+            assert self.step(), "live requests, but nothing can run"
+        raise AssertionError("requests starve")
+
+    def check_empty(self) -> None:
+        """Nothing is held any more."""
+        for pool in self.scheduler.state.pools.values():
+            assert pool.used_count == 0, "blocks leaked"
+
+    def _check_limits(self, plan: IterationPlan) -> None:
+        bounds = self.scheduler.limits
+        assert sum(batch.tokens for batch in plan.batches) <= bounds.max_batch_tokens
+        assert len(self.scheduler.state.running) <= bounds.running_bound
+        keys = [
+            row.key
+            for batch in plan.batches
+            for row in (*batch.prefill, *batch.gpu_decode, *batch.host_decode)
+        ]
+        assert len(keys) == len(set(keys)), "a choice has two rows in one iteration"
+        if self.host is not HostTierState.UP:
+            assert not any(batch.host_decode for batch in plan.batches)
+            assert all(row.tier is Tier.GPU for b in plan.batches for row in b.prefill)
+            assert not plan.migrations
+
+    # -- the books ---------------------------------------------------------------------------
+
+    def _run(self, plan: IterationPlan) -> SweepResult:
+        size = self.scheduler.limits.block_tokens
+        for move in plan.migrations:
+            source = move.target.other
+            for old, new in zip(move.source_blocks, move.target_blocks, strict=True):
+                kept = self._books.stored.get((source, int(old)), {})
+                self._books.stored[move.target, int(new)] = dict(kept)
+        tokens: dict[int, SampledToken] = {}
+        for batch in plan.batches:
+            for chunk in batch.prefill:
+                end = chunk.start + len(chunk.token_ids)
+                self._store(chunk.key, chunk.tier, chunk.blocks, chunk.start, end, size)
+                if chunk.samples:
+                    tokens[chunk.key] = self._next(chunk.key, end)
+            decode = [(Tier.GPU, r) for r in batch.gpu_decode]
+            decode += [(Tier.HOST, r) for r in batch.host_decode]
+            for tier, row in decode:
+                start = row.length - 1
+                assert row.token_id == self._known(row.key)[-1]
+                self._store(row.key, tier, row.blocks, start, row.length, size)
+                tokens[row.key] = self._next(row.key, row.length)
+        return SweepResult(tokens=tokens)
+
+    def _known(self, key: int) -> tuple[int, ...]:
+        choice = self.scheduler.state.running_by_key[key]
+        return choice.token_ids(0, choice.length)
+
+    def _store(
+        self, key: int, tier: Tier, blocks: object, start: int, end: int, size: int
+    ) -> None:
+        """Check that KV of all tokens before `start` is there, then store up to `end`."""
+        table = [int(block) for block in blocks]  # type: ignore[attr-defined]
+        known = self._known(key)
+        for position in range(start):
+            place = self._books.stored.get((tier, table[position // size]), {})
+            assert place.get(position % size) == known[: position + 1], "wrong KV is read"
+        for position in range(start, end):
+            place = self._books.stored.setdefault((tier, table[position // size]), {})
+            place[position % size] = known[: position + 1]
+
+    def _next(self, key: int, length: int) -> SampledToken:
+        prompt = self.scheduler.state.running_by_key[key].request.prompt
+        return SampledToken(token_at(prompt, length))
+
+    def _hear(self) -> None:
+        news = self.scheduler.take_news()
+        for delta in news.deltas:
+            key = (delta.request_id, delta.index)
+            assert key not in self.finished, "output after the end"
+            self.first_token.setdefault(delta.request_id, self.now)
+            self.outputs.setdefault(key, []).extend(delta.token_ids)
+            if delta.finish is not None:
+                self.finished[key] = delta.finish
+        for usage in news.usages:
+            assert usage.request_id not in self.usages, "two ends"
+            self.usages[usage.request_id] = usage
+        for refusal in news.refusals:
+            assert refusal.request_id not in self.refused
+            self.refused[refusal.request_id] = refusal.reason
+
+
+def expected_output(request: Submit) -> list[int]:
+    """What a choice must say, however it is scheduled (no stop ids)."""
+    prompt = request.prompt_token_ids
+    return [token_at(prompt, len(prompt) + i) for i in range(request.sampling.max_tokens)]

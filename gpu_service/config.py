@@ -1,4 +1,7 @@
-"""Everything that can be configured about a gpu_service. Loaded by `neo_common.config` (file < NEO_* < flags)."""
+"""Everything that can be configured about a gpu_service.
+
+Loaded by `neo_common.config`: file < environment NEO_* < flags.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ class GpuServiceConfig:
     """One gpu_service: a front end and an engine core."""
 
     model: str = ""
-    """Path of a Hugging Face directory or of a GGUF file; `smollm2` means the packaged demonstration model."""
+    """Path of a Hugging Face directory or of a GGUF file; `smollm2` means the packaged
+    demonstration model."""
     served_model_name: str = ""
     """Name that clients use; empty means the last part of `model`."""
     listen: str = "127.0.0.1:7001"
@@ -29,7 +33,8 @@ class GpuServiceConfig:
     block_tokens: int = 16
     """Tokens per KV block: 16, 32 or 64."""
     gpu_kv_blocks: int = 0
-    """Size of the GPU pool in blocks; 0 means from `gpu_memory_utilization` (cuda) or `gpu_kv_gib` (cpu)."""
+    """Size of the GPU pool in blocks; 0 means from `gpu_memory_utilization` (cuda) or `gpu_kv_gib`
+    (cpu)."""
     gpu_memory_utilization: float = 0.9
     """Part of the GPU's memory that this process may use."""
     gpu_kv_gib: float = 1.0
@@ -48,7 +53,8 @@ class GpuServiceConfig:
     lease_seconds: float = 30.0
     """How long host-tier requests wait for a cpu_service that has gone."""
     sweep_deadline_ms: float = 2000.0
-    """How long one iteration waits for the cpu_service before its host rows are dropped and repeated."""
+    """How long one iteration waits for the cpu_service before its host rows are dropped and
+    repeated."""
 
     max_batch_tokens: int = 512
     """Tokens in one iteration, decode rows and prefill chunks together."""
@@ -67,3 +73,54 @@ class GpuServiceConfig:
     """`debug`, `info`, `warning` or `error`."""
     log_format: str = "text"
     """`text` or `json`."""
+
+    def validate(self) -> None:
+        """Raises ValueError naming the setting. What depends on the model or the machine is
+        checked where it is known."""
+        if not self.model:
+            raise ValueError(
+                "model must be given: a Hugging Face directory, a GGUF file or smollm2"
+            )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(str, allowed))}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError("gpu_memory_utilization must be more than 0 and at most 1")
+        if self.offload == "always" and not self.cpu_services:
+            raise ValueError("offload always needs an address in cpu_services")
+
+
+_CHOICES: dict[str, tuple[str | int, ...]] = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "load_format": ("auto", "dummy"),
+    "block_tokens": (16, 32, 64),
+    "offload": ("never", "auto", "always"),
+    "offload_transport": ("shm", "grpc"),
+    "host_kv_dtype": ("auto", "float32", "bfloat16", "float16", "int8"),
+}
+_POSITIVE = (
+    "gpu_kv_gib",
+    "host_kv_gib",
+    "lease_seconds",
+    "sweep_deadline_ms",
+    "max_batch_tokens",
+    "max_running_requests",
+    "max_waiting_requests",
+)
+_NOT_NEGATIVE = (
+    "threads",
+    "max_context_tokens",
+    "gpu_kv_blocks",
+    "force_migration_every",
+    "drain_grace_seconds",
+    "metrics_port",
+)

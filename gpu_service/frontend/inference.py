@@ -1,0 +1,151 @@
+"""InferenceService: message -> request -> engine -> message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from gpu_service.frontend import validate
+from gpu_service.frontend.dispatch import Dispatcher, LiveRequest
+from gpu_service.frontend.metrics import FrontendMetrics
+from gpu_service.frontend.validate import ServedModel, invalid
+from gpu_service.model.tokenizer import Tokenizer
+from neo_common.errors import Reason, ServiceError
+from neo_common.model_spec import ModelSpec
+from protos.neo.v1 import inference_pb2 as pb
+from protos.neo.v1 import inference_pb2_grpc as pb_grpc
+
+Context = Any
+
+
+class InferenceServicer(pb_grpc.InferenceServiceServicer):
+    """Answers NOT_READY until `ready` is called."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizer: Tokenizer,
+        dispatcher: Dispatcher,
+        metrics: FrontendMetrics,
+    ) -> None:
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._dispatcher = dispatcher
+        self._metrics = metrics
+        self._model: ServedModel | None = None
+        self._dtype = ""
+
+    def ready(self, model: ServedModel, dtype: str) -> None:
+        self._model = model
+        self._dtype = dtype
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        choices = [pb.Choice(index=i) for i in range(max(request.sampling.n, 1))]
+        response = pb.GenerateResponse(model=self._served().name)
+        async for message in self.GenerateStream(request, context):
+            response.request_id = message.request_id
+            response.prompt_logprobs.extend(message.prompt_logprobs)
+            for delta in message.deltas:
+                _join(choices[delta.index], delta)
+            if message.HasField("usage"):
+                response.usage.CopyFrom(message.usage)
+        response.choices.extend(choices)
+        return response
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        model, arrival = self._served(), time.monotonic()
+        parsed = await validate.parse_request(
+            request,
+            model,
+            self._tokenizer,
+            now=arrival,
+            seconds_left=context.time_remaining(),
+        )
+        identity = parsed.submit.request_id
+        async with self._dispatcher.open(parsed) as live:
+            async for update in self._observed(live, arrival):
+                yield pb.GenerateStreamResponse(
+                    request_id=identity,
+                    deltas=update.choices,
+                    usage=update.usage,
+                    prompt_logprobs=update.prompt_logprobs,
+                )
+
+    async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
+        if not request.request_id:
+            raise invalid("request_id", "is empty")
+        await self._dispatcher.abort(request.request_id)
+        return pb.AbortResponse()
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: Context
+    ) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[self._describe()])
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        validate.check_model(request.model, self._served())
+        return pb.GetModelResponse(model=self._describe())
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        validate.check_model(request.model, self._served())
+        kind = request.WhichOneof("input")
+        if kind is None:
+            raise invalid("input", "is missing: set text or chat")
+        if kind == "chat":
+            ids = await validate.encode_chat(self._tokenizer, request.chat)
+        else:
+            special = not request.skip_special_tokens
+            ids = await validate.encode_text(self._tokenizer, request.text, special=special)
+        return pb.TokenizeResponse(token_ids=ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        model = self._served()
+        validate.check_model(request.model, model)
+        ids = list(request.token_ids)
+        validate.check_token_ids("token_ids", ids, model.vocab_size)
+        text = self._tokenizer.decode(ids, skip_special_tokens=not request.include_special_tokens)
+        return pb.DetokenizeResponse(text=text)
+
+    async def _observed(self, live: LiveRequest, arrival: float) -> AsyncIterator[Any]:
+        """The request's updates, with latencies noted on the way."""
+        metrics, last = self._metrics, arrival
+        async for update in live:
+            now, tokens = time.monotonic(), sum(len(c.token_ids) for c in update.choices)
+            if tokens and last == arrival:
+                metrics.ttft.observe(now - arrival)
+            elif tokens:
+                metrics.itl.observe((now - last) / tokens * len(update.choices))
+            if tokens:
+                metrics.output_tokens.inc(tokens)
+                last = now
+            yield update
+        metrics.prompt_tokens.inc(len(live.parsed.submit.prompt_token_ids))
+        metrics.e2e.observe(time.monotonic() - arrival)
+
+    def _served(self) -> ServedModel:
+        if self._model is None:
+            raise ServiceError(Reason.NOT_READY, "the model is still loading", retry_after=2.0)
+        return self._model
+
+    def _describe(self) -> pb.Model:
+        model = self._served()
+        return pb.Model(
+            name=model.name,
+            family=self._spec.family,
+            vocab_size=self._spec.vocab_size,
+            max_context_tokens=model.max_context_tokens,
+            dtype=self._dtype,
+            has_chat_template=self._tokenizer.has_chat_template,
+            eos_token_ids=self._spec.eos_token_ids,
+        )
+
+
+def _join(choice: pb.Choice, delta: pb.Choice) -> None:
+    text = choice.text + delta.text
+    choice.MergeFrom(delta)
+    choice.text = text

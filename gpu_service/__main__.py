@@ -16,7 +16,7 @@ import uvloop
 
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.client import EngineClient, EngineStartError
-from gpu_service.engine.messages import Progress, Ready
+from gpu_service.engine.messages import Progress, Ready, Shutdown
 from gpu_service.frontend.dispatch import Dispatcher
 from gpu_service.frontend.inference import InferenceServicer
 from gpu_service.frontend.metrics import FrontendMetrics
@@ -33,6 +33,7 @@ from protos.neo.v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_
 
 PROG = "gpu_service"
 EXIT_ENGINE_LOST = 1
+ENGINE_STOP_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 
 
@@ -84,7 +85,7 @@ class GpuService:
             try:
                 return await self._serve()
             finally:
-                await self._engine.stop()
+                await self._engine.stop(grace_seconds=0)
                 await self._server.grpc.stop(0)
 
     async def _serve(self) -> int:
@@ -106,8 +107,10 @@ class GpuService:
         self._operator.state = engine_pb2.ENGINE_STATE_DRAINING
         finished = await self._server.drain(self._config.drain_grace_seconds)
         _log.info("drained" if finished else "the grace is over; live requests were cancelled")
-        await self._engine.stop()
-        await pump
+        # The core ends by itself, which ends the pump; only then may its sockets be closed.
+        await self._engine.send(Shutdown())
+        await asyncio.wait({pump}, timeout=ENGINE_STOP_SECONDS)
+        pump.cancel()
         return 0
 
     async def _ready(self, ready: Ready) -> None:

@@ -173,17 +173,24 @@ class GrpcHostTier(SessionTier):
                 layer=layer, slots=slots[part].tolist(), k=_to_bytes(k[part]), v=_to_bytes(v[part])
             )
             self._send(pb.AttendRequest(write_kv=write))
+        if len(slots):
+            # Messages are served in order, so the answer to an empty read says that all is stored;
+            # else a cut connection could lose writes that the engine believes in.
+            self._read(layer, [])
+
+    def _read(self, layer: int, slots: list[int]) -> pb.KvData:
+        self._calls += 1
+        self._attached().mailbox.want(self._calls)
+        read = pb.ReadKv(layer=layer, slots=slots, call_id=self._calls)
+        self._send(pb.AttendRequest(read_kv=read))
+        return self._take(self._calls).kv_data
 
     def read_kv(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         heads, dim = self._shape.kv_heads, self._shape.head_dim
         parts = []
         for start in range(0, len(slots), self._chunk_tokens):
             wanted = slots[start : start + self._chunk_tokens].tolist()
-            self._calls += 1
-            self._attached().mailbox.want(self._calls)
-            read = pb.ReadKv(layer=layer, slots=wanted, call_id=self._calls)
-            self._send(pb.AttendRequest(read_kv=read))
-            data = self._take(self._calls).kv_data
+            data = self._read(layer, wanted)
             shape = (len(wanted), heads, dim)
             parts.append((self._tensor(data.k, shape), self._tensor(data.v, shape)))
         if not parts:

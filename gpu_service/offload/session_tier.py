@@ -72,6 +72,9 @@ class SessionTier:
             self._take_over(view)
 
     def close(self) -> None:
+        """Idempotent."""
+        if self._state is HostTierState.OFF:
+            return
         self._keeper.close()
         self._let_go()
         self._state = HostTierState.OFF

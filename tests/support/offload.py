@@ -43,7 +43,7 @@ TRANSPORTS = ("shm", "grpc")
 def cpu_service(directory: Path, **config: object) -> Iterator[Service]:
     """One serving cpu_service; at the end it must stop on SIGTERM."""
     runtime = directory / "run"
-    runtime.mkdir(mode=0o700, exist_ok=True)
+    runtime.mkdir(mode=0o700, parents=True, exist_ok=True)
     address = f"127.0.0.1:{free_port()}"
     settings = {
         "listen": address,

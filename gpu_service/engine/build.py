@@ -146,7 +146,7 @@ def geometry_of(spec: ModelSpec, block_tokens: int) -> AttentionGeometry:
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
         block_tokens=block_tokens,
-        scale=spec.head_dim**-0.5,
+        scale=spec.attention_scale,
         windows=tuple(spec.sliding_window) or (0,) * spec.layers,
     )
 

@@ -45,8 +45,9 @@ def check_outputs(machine: Machine, requests: list[Submit]) -> None:
             assert machine.outputs[key] == expected_output(request)
             assert machine.finished[key] == "length"
         usage = machine.usages[request.request_id]
-        assert usage.completion_tokens == request.sampling.max_tokens * request.sampling.n  # type: ignore[attr-defined]
-        assert usage.gpu_tokens + usage.host_tokens == usage.completion_tokens  # type: ignore[attr-defined]
+        assert usage.completion_tokens == request.sampling.max_tokens * request.sampling.n  # type:
+        ignore[attr-defined] assert usage.gpu_tokens + usage.host_tokens == usage.completion_tokens
+        # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -196,7 +197,8 @@ def test_random_aborts_leave_nothing_behind(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_stalls_lost_migrations_and_outages_lose_nothing(seed: int) -> None:
-    """Void rows are repeated, lost KV is computed again, and choices on the host wait out an outage."""
+    """Void rows are repeated, lost KV is computed again, and choices on the host wait out an
+    outage."""
     draw = random.Random(seed)
     requests = workload(seed + 90, 20)
     machine = Machine(Scheduler(limits(force_migration_every=draw.choice((0, 4)))))

@@ -1,4 +1,5 @@
-"""A machine without a model: runs plans by a fake clock, and checks each of them against its own books.
+"""A machine without a model: runs plans by a fake clock, and checks each of them against its own
+books.
 
 Tokens are a function of (prompt, position) alone, so that any scheduling must give the same ones.
 """
@@ -76,7 +77,8 @@ def sweep_seconds(plan: IterationPlan) -> float:
 
 @dataclass
 class Books:
-    """What each choice's KV must be by now, kept apart from the scheduler: block -> whose, token range."""
+    """What each choice's KV must be by now, kept apart from the scheduler: block -> whose, token
+    range."""
 
     stored: dict[tuple[Tier, int], dict[int, tuple[int, ...]]] = field(default_factory=dict)
     """(tier, block) -> offset -> the tokens up to and including that one."""
@@ -86,8 +88,8 @@ Spoil = Callable[[IterationPlan, SweepResult], SweepResult]
 
 
 class Machine:
-    """Drives a scheduler. Every plan is executed on the books, so that a row that reads KV which is not there, or
-    somebody else's, is found at once."""
+    """Drives a scheduler. Every plan is executed on the books, so that a row that reads KV which is
+    not there, or somebody else's, is found at once."""
 
     def __init__(
         self,
@@ -185,9 +187,7 @@ class Machine:
         choice = self.scheduler.state.running_by_key[key]
         return choice.token_ids(0, choice.length)
 
-    def _store(
-        self, key: int, tier: Tier, blocks: object, start: int, end: int, size: int
-    ) -> None:
+    def _store(self, key: int, tier: Tier, blocks: object, start: int, end: int, size: int) -> None:
         """Check that KV of all tokens before `start` is there, then store up to `end`."""
         table = [int(block) for block in blocks]  # type: ignore[attr-defined]
         known = self._known(key)

@@ -1,0 +1,109 @@
+"""The engine's greedy tokens against `transformers`: every family, tier, transport and chunking.
+
+In fp32 they must be the same tokens wherever a request ran and however often it moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_service.model.model import CausalLM, load_model
+from tests.support.engine import config, greedy, local_core, real_core, run
+from tests.support.models import FAMILIES, VARIANTS, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.offload import TRANSPORTS, cpu_service
+from tests.support.stack import Service
+
+OUTPUT = 24
+LENGTHS = (1, 15, 16, 17, 61)
+"""Prompts round a block's boundary, and one longer than every sliding window."""
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    # The host tier's kernels want head sizes that are multiples of 16.
+    return {name: tiny_model_dir(root / name, name, head_dim=16) for name in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with cpu_service(tmp_path_factory.mktemp("cpu")) as running:
+        yield running
+
+
+def prompts() -> list[list[int]]:
+    return [[3 + (7 * i + 13 * n) % 250 for i in range(n)] for n in LENGTHS]
+
+
+@cache
+def expected(directory: Path) -> list[list[int]]:
+    reference = reference_model(directory)
+    return [greedy_tokens(reference, prompt, OUTPUT) for prompt in prompts()]
+
+
+@cache
+def loaded(directory: Path) -> CausalLM:
+    return load_model(directory, dtype="float32")
+
+
+def requests() -> list[object]:
+    return [greedy(f"r{i}", prompt, OUTPUT) for i, prompt in enumerate(prompts())]
+
+
+HOW = {
+    "never": {"offload": "never"},
+    "never-chunked": {"offload": "never", "max_batch_tokens": 7},
+    "always": {"offload": "always"},
+    "always-chunked": {"offload": "always", "max_batch_tokens": 7},
+    "small-gpu-pool": {"offload": "auto", "gpu_kv_blocks": 8},
+    "forced-1": {"offload": "auto", "force_migration_every": 1},
+    "forced-3-chunked": {"offload": "auto", "force_migration_every": 3, "max_batch_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_are_those_of_transformers(
+    directories: dict[str, Path], variant: str, how: str
+) -> None:
+    directory = directories[variant]
+    made = config(directory, cpu_services=("local",), **HOW[how])
+    host_blocks = 0 if made.offload == "never" else 64
+    core = local_core(made, loaded(directory), host_blocks=host_blocks)
+    answers = run(core, requests())  # type: ignore[arg-type]
+    for i, tokens in enumerate(expected(directory)):
+        assert answers.tokens[f"r{i}", 0] == tokens, f"prompt of {LENGTHS[i]} tokens"
+    usages = answers.usages.values()
+    host = sum(u.host_tokens for u in usages)
+    moved = sum(u.demotions + u.promotions for u in usages)
+    if how.startswith("always"):
+        assert host == OUTPUT * len(LENGTHS)
+    elif how.startswith("forced"):
+        assert moved >= len(LENGTHS)
+    assert (host > 0) == (made.offload != "never")
+
+
+@pytest.mark.parametrize("how", ["always", "always-chunked", "forced-1", "small-gpu-pool"])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_both_transports_give_the_same_tokens(
+    directories: dict[str, Path], service: Service, transport: str, how: str
+) -> None:
+    directory = directories["mistral"]
+    made = config(
+        directory,
+        cpu_services=(service.address,),
+        offload_transport=transport,
+        host_kv_gib=0.01,
+        sweep_deadline_ms=30_000,
+        **HOW[how],
+    )
+    with real_core(made) as core:
+        answers = run(core, requests())  # type: ignore[arg-type]
+    for i, tokens in enumerate(expected(directory)):
+        assert answers.tokens[f"r{i}", 0] == tokens
+    assert sum(u.host_tokens for u in answers.usages.values()) > 0

@@ -1,0 +1,247 @@
+"""An engine core in this process: its parts, an in-process host tier that can be made to fail, and
+a driver."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_service.config import GpuServiceConfig
+from gpu_service.engine.build import assemble, build_core, geometry_of
+from gpu_service.engine.core import EngineCore
+from gpu_service.engine.messages import (
+    PromptLogprobs,
+    Refusal,
+    RequestUsage,
+    SamplingSpec,
+    Submit,
+    TokenLogprob,
+)
+from gpu_service.model.model import CausalLM
+from gpu_service.offload.host_tier import HostRows, HostTier, HostTierStalled, HostTierState
+from gpu_service.offload.null_tier import NullHostTier
+from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
+from gpu_service.pipeline.device_kv import AttentionGeometry
+from gpu_service.scheduling.plan import Tier
+from kernels.cpu import DType, KvLayout, KvPool, ThreadPool, decode_attention
+
+
+class LocalHostTier:
+    """A host tier without a cpu_service: its pool and its attention are in this process.
+
+    `mapped`: let migration copy blocks; otherwise it goes layer by layer. `stall_at`: how many more
+    submits succeed before one stalls; the tier is then DEGRADED until `resume`.
+    """
+
+    def __init__(
+        self,
+        geometry: AttentionGeometry,
+        dtype: torch.dtype,
+        blocks: int,
+        threads: ThreadPool,
+        *,
+        mapped: bool = True,
+        kv_dtype: DType | None = None,
+    ) -> None:
+        layout = layout_of(geometry, dtype)
+        if kv_dtype is not None:
+            layout = KvLayout(
+                layout.layers, layout.kv_heads, layout.head_dim, layout.block_tokens, kv_dtype
+            )
+        self._geometry = geometry
+        self._dtype = dtype
+        self._threads = threads
+        self._mapped = mapped
+        self._pool = KvPool(layout, blocks, mmap.mmap(-1, layout.pool_bytes(blocks)))
+        self._lanes: Sequence[HostRows] = ()
+        self._results: dict[tuple[int, int], torch.Tensor] = {}
+        self.blocks = blocks
+        self.epoch = 1
+        self.state = HostTierState.UP
+        self.stall_at: int | None = None
+        self.submits = 0
+        self.closed = False
+
+    @property
+    def mapped_pool(self) -> KvPool | None:
+        return self._pool if self._mapped and self.state is HostTierState.UP else None
+
+    def poll(self) -> None:
+        """Tests change `state` themselves."""
+
+    def resume(self) -> None:
+        self.state = HostTierState.UP
+        self.stall_at = None
+        self.epoch += 1
+
+    def lose(self) -> None:
+        """KV is gone: whatever is read afterwards must not be used."""
+        self.state = HostTierState.LOST
+        slots = torch.arange(self.blocks * self._geometry.block_tokens)
+        shape = (len(slots), self._geometry.kv_heads, self._geometry.head_dim)
+        poison = torch.full(shape, 1e4, dtype=self._dtype)
+        for layer in range(self._geometry.layers):
+            self._pool.write(layer, slots, poison, poison)
+
+    def write_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._require_up()
+        self._pool.write(layer, slots, k, v)
+
+    def read_kv(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._require_up()
+        shape = (len(slots), self._geometry.kv_heads, self._geometry.head_dim)
+        k, v = torch.empty(shape, dtype=self._dtype), torch.empty(shape, dtype=self._dtype)
+        self._pool.read(layer, slots, k, v)
+        return k, v
+
+    def begin_sweep(self, lanes: Sequence[HostRows]) -> int:
+        self._require_up()
+        self._lanes = lanes
+        return 0
+
+    def submit(
+        self, lane: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        self._require_up()
+        if self.stall_at is not None:
+            self.stall_at -= 1
+            if self.stall_at < 0:
+                self.state = HostTierState.DEGRADED
+                raise HostTierStalled("the test says so")
+        rows, out = self._lanes[lane], torch.empty_like(q)
+        decode_attention(
+            self._threads,
+            self._pool,
+            layer,
+            q,
+            k,
+            v,
+            rows.block_tables,
+            rows.lengths,
+            out,
+            scale=self._geometry.scale,
+            window=self._geometry.windows[layer],
+        )
+        self.submits += 1
+        self._results[lane, layer] = out
+
+    def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
+        out.copy_(self._results.pop((lane, layer)))
+
+    def cancel_sweep(self) -> None:
+        self._lanes = ()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _require_up(self) -> None:
+        if self.state is not HostTierState.UP:
+            raise HostTierStalled("the test says so")
+
+
+def config(model: str | Path, **changes: Any) -> GpuServiceConfig:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "device": "cpu",
+        "dtype": "float32",
+        "offload": "never",
+        "gpu_kv_blocks": 96,
+        "threads": 2,
+        "max_running_requests": 64,
+    }
+    return GpuServiceConfig(**{**values, **changes})
+
+
+def local_core(
+    made: GpuServiceConfig, model: CausalLM, *, host_blocks: int = 0, **host: Any
+) -> EngineCore:
+    """A core around a loaded model, with a `LocalHostTier` of that size."""
+    geometry = geometry_of(model.spec, made.block_tokens)
+    threads = ThreadPool(1)
+    gpu = CpuDeviceKv(geometry, model.dtype, made.gpu_kv_blocks, threads)
+    tier: HostTier = NullHostTier()
+    if host_blocks:
+        tier = LocalHostTier(geometry, model.dtype, host_blocks, threads, **host)
+    return assemble(made, model, geometry, gpu, tier, threads).core
+
+
+@contextmanager
+def real_core(made: GpuServiceConfig) -> Iterator[EngineCore]:
+    """A core as the process builds it, host tier and all."""
+    core = build_core(made).core
+    try:
+        yield core
+    finally:
+        core.close()
+
+
+@dataclass
+class Answers:
+    """All that a core has said."""
+
+    tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    logprobs: dict[tuple[str, int], list[TokenLogprob]] = field(default_factory=dict)
+    finishes: dict[tuple[str, int], str] = field(default_factory=dict)
+    prompts: dict[str, PromptLogprobs] = field(default_factory=dict)
+    usages: dict[str, RequestUsage] = field(default_factory=dict)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+
+
+def greedy(
+    request_id: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    placement: str = "auto",
+    **sampling: Any,
+) -> Submit:
+    values: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
+    return Submit(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        sampling=SamplingSpec(**{**values, **sampling}),
+        arrival=time.monotonic(),
+        placement=placement,
+    )
+
+
+def step(core: EngineCore, answers: Answers) -> None:
+    output = core.step()
+    if output is None:
+        return
+    for delta in output.deltas:
+        key = (delta.request_id, delta.index)
+        assert key not in answers.finishes, "output after the end"
+        answers.tokens.setdefault(key, []).extend(delta.token_ids)
+        answers.logprobs.setdefault(key, []).extend(delta.logprobs or [])
+        if delta.finish is not None:
+            answers.finishes[key] = delta.finish
+    answers.prompts.update((p.request_id, p) for p in output.prompt_logprobs)
+    answers.usages.update((u.request_id, u) for u in output.usages)
+    answers.refusals.update((r.request_id, r) for r in output.refusals)
+
+
+def run(core: EngineCore, requests: Sequence[Submit], *, steps: int = 5000) -> Answers:
+    """Submit all, run until nothing is live, and check that nothing is held."""
+    answers = Answers()
+    for request in requests:
+        core.handle(request)
+    for _ in range(steps):
+        if not core.scheduler.live_requests:
+            break
+        step(core, answers)
+    assert not core.scheduler.live_requests, "requests starve"
+    check_empty(core)
+    return answers
+
+
+def check_empty(core: EngineCore) -> None:
+    core.scheduler.state.check_integrity()
+    assert all(core.scheduler.state.pools[tier].used_count == 0 for tier in Tier), "blocks leaked"

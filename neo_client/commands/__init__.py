@@ -1,0 +1,1 @@
+"""The subcommands of `neo`: each module has `add(subparsers)` and `run(arguments) -> exit code`."""

@@ -1,0 +1,1 @@
+"""The three services as child processes of one command, on loopback."""

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.support.models import tiny_model_dir
 
 from protos.neo.v1 import types_pb2
 from tests.support.load import Job, assert_idle_and_whole, run_job, watch_load
-from tests.support.stack import Stack, running_stack
+from tests.support.stack import Stack, running_stack, stack_model
 
 LONG = Job(
     prompt=tuple(range(3, 40)), output_tokens=400, placement=types_pb2.PLACEMENT_CPU_PREFERRED
@@ -24,7 +23,7 @@ LONG_GPU = Job(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_dir(tmp_path_factory.mktemp("model"), "llama")
+    return stack_model(tmp_path_factory.mktemp("model"))
 
 
 async def until_host_decodes(stack: Stack, tokens: int) -> None:

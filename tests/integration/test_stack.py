@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support.models import tiny_model_dir
 
 from protos.neo.v1 import types_pb2
 from tests.support.load import (
@@ -17,14 +16,14 @@ from tests.support.load import (
     run_job,
     run_jobs,
 )
-from tests.support.stack import running_stack
+from tests.support.stack import running_stack, stack_model
 
 CLIENTS = 64
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_dir(tmp_path_factory.mktemp("model"), "llama")
+    return stack_model(tmp_path_factory.mktemp("model"))
 
 
 async def alone(address: str, jobs: list[Job]) -> list[Answer]:

@@ -160,3 +160,10 @@ def running_stack(directory: Path, model: str | Path, **gpu_config: object) -> I
             except AssertionError as error:
                 errors.append(str(error))
         assert not errors, "\n".join(errors)
+
+
+def stack_model(directory: Path) -> Path:
+    """A tiny Llama that the CPU kernel takes (head_dim 16), with room for long outputs."""
+    from tests.support.models import tiny_model_dir
+
+    return tiny_model_dir(directory, "llama", hidden_size=96, max_position_embeddings=4096)

@@ -55,7 +55,9 @@ async def watch(
             problem = f"{error.code().name}: {error.details()}"
         backend.watch_failed(problem)
         changed()
-        if failures == 0:
+        if failures == 0 and backend.load is None:
+            log.info("waiting for backend %s", backend.address)
+        elif failures == 0:
             log.warning("backend %s: %s", backend.address, problem)
         backoff = min(timing.backoff_seconds * 2.0 ** min(failures, 16), timing.max_backoff_seconds)
         failures += 1

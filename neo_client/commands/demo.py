@@ -18,6 +18,7 @@ from neo_client.stats import StreamStats
 
 PROMPT = "In two or three sentences: why does it rain more on mountains than on plains?"
 ANSWER_SECONDS = 300.0
+EXIT_INTERRUPTED = 130
 LOG_LINE = re.compile(r"^\S+ \S+ (?P<level>\w+) +\S+ \S+: (?P<message>.*)$")
 """What `neo_common.logging` writes as text."""
 
@@ -31,8 +32,8 @@ def add(subparsers: Any) -> None:
         "demo",
         help="one real prompt through all three services",
         description="Starts the services as `neo serve` does, sends one chat prompt through the "
-        "router with its decode attention in the cpu_service over shared memory, streams the text, prints statistics, stops all. "
-        "Fails when no token was decoded on the host tier.",
+        "router with its decode attention in the cpu_service over shared memory, streams the "
+        "text, prints statistics, stops all. Fails when no token was decoded on the host tier.",
         allow_abbrev=False,
     )
     parser.add_argument("prompt", nargs="?", default=PROMPT, help="default: %(default)s")
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         await show_answer(stack.plan.router.address, arguments)
 
     try:
-        return asyncio.run(serve.with_stack(arguments, say, answer))
+        return asyncio.run(serve.with_stack(arguments, say, answer, interrupted=EXIT_INTERRUPTED))
     except DemoFailed as failure:
         print(f"neo demo: {failure}", file=sys.stderr)
         return 1

@@ -34,7 +34,7 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="send one prompt and stream the answer",
-        description="Streams the answer to standard output, a line of statistics to standard error.",
+        description="Streams the answer to stdout, then a line of statistics to stderr.",
         allow_abbrev=False,
     )
     parser.add_argument("prompt", nargs="?", help="the prompt; - or nothing reads standard input")

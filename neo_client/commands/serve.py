@@ -40,7 +40,7 @@ def add(subparsers: Any) -> None:
         "serve",
         help="run router, gpu_service and cpu_service on this machine",
         description="Starts the three services as child processes on loopback, restarts a "
-        "cpu_service that dies, and stops all on Ctrl-C or SIGTERM after their live requests have finished.",
+        "cpu_service that dies, and stops all on Ctrl-C or SIGTERM once live requests have ended.",
         epilog="Flags left out take the services' own defaults (python -m gpu_service --help). "
         "Exit codes: 0 stopped, 1 a service failed, 2 wrong usage.",
         allow_abbrev=False,
@@ -113,11 +113,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def with_stack(
-    arguments: argparse.Namespace, say: Say, use: Callable[[LocalStack], Awaitable[None]]
+    arguments: argparse.Namespace,
+    say: Say,
+    use: Callable[[LocalStack], Awaitable[None]],
+    *,
+    interrupted: int = 0,
 ) -> int:
     """Start the services, run `use` until it returns or a signal comes, stop them in order.
 
-    Returns the exit code. A second signal stops the services at once.
+    Returns the exit code, `interrupted` after a signal. A second signal stops the services at once.
     """
     # Children are started by fork and exec beside gRPC's threads; none of it survives the exec.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -142,6 +146,7 @@ async def with_stack(
             await work
         except asyncio.CancelledError:
             say("neo", "stopping; once more to stop at once")
+            code = interrupted
         except ChildFailed as failure:
             say("neo", str(failure))
             code = 1

@@ -72,15 +72,12 @@ def memory(machine: Machine, pools_gib: float) -> Iterator[Finding]:
 def memlock(machine: Machine, pools_gib: float) -> Iterator[Finding]:
     limit = machine.memlock_bytes
     text = "unlimited" if limit is None else f"{limit / GIB:.2f} GiB"
-    if (
-        machine.torch.devices
-        and limit is not None
-        and limit < max(pools_gib * GIB, MIN_MEMLOCK_BYTES)
-    ):
+    wanted = max(pools_gib * GIB, MIN_MEMLOCK_BYTES)
+    if machine.torch.devices and limit is not None and limit < wanted:
         yield warn(
             "memlock", text,
-            "pinning the host pool for the GPU may fail: ulimit -l unlimited (LimitMEMLOCK=infinity; "
-            "in Kubernetes set it in the container runtime)",
+            "pinning the host pool for the GPU may fail: ulimit -l unlimited "
+            "(LimitMEMLOCK=infinity; in Kubernetes set it in the container runtime)",
         )  # fmt: skip
     else:
         yield ok("memlock", text)
@@ -89,8 +86,8 @@ def memlock(machine: Machine, pools_gib: float) -> Iterator[Finding]:
 def hugepages(machine: Machine, pools_gib: float) -> Iterator[Finding]:
     reserved = machine.hugepages_free * machine.hugepage_bytes / GIB
     text = (
-        f"transparent: {machine.thp or 'unknown'}, for shared memory: {machine.shmem_thp or 'unknown'}, "
-        f"reserved free: {reserved:.1f} GiB"
+        f"transparent: {machine.thp or 'unknown'}, "
+        f"for shared memory: {machine.shmem_thp or 'unknown'}, reserved free: {reserved:.1f} GiB"
     )
     if machine.shmem_thp in ("always", "within_size", "advise", "force"):
         yield ok("hugepages", text)
@@ -167,7 +164,7 @@ def clash(machine: Machine, pools_gib: float) -> Iterator[Finding]:
     if machine.hub_kernels:
         yield fail(
             "package kernels",
-            f"the Hugging Face package of that name, {machine.hub_kernels}, is installed beside ours",
+            f"Hugging Face's package of that name, {machine.hub_kernels}, is beside ours",
             "pip uninstall kernels; then reinstall neo-serving",
         )
     else:

@@ -1,4 +1,5 @@
-"""`python -m neo_client.local.launch PARENT_PID MODULE ARGS...`: run MODULE so that it dies with its parent.
+"""`python -m neo_client.local.launch PARENT MODULE ARGS...`: run MODULE so that it ends with the
+process PARENT, which started it.
 
 A supervisor that is killed with SIGKILL cannot stop its children; the kernel can. (A `preexec_fn`
 would do the same, but runs Python between fork and exec beside gRPC's threads.)

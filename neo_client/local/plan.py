@@ -19,7 +19,7 @@ SHORT = {"cpu": "cpu_service", "gpu": "gpu_service", "router": "router"}
 
 @dataclass(frozen=True)
 class Wishes:
-    """Flags of `neo serve`. `settings` are gpu_service settings by name; None leaves its default."""
+    """Flags of `neo serve`. `settings` are the gpu_service's by name; None leaves its default."""
 
     listen: str
     directory: Path

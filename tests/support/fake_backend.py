@@ -24,8 +24,8 @@ BLOCK_TOKENS = 16
 class FakeBackend(
     inference_pb2_grpc.InferenceServiceServicer, engine_pb2_grpc.EngineServiceServicer
 ):
-    """Streams `tokens` messages per request, `delay` seconds apart; `fail_with` is raised first,
-    `fail_after` messages cut the stream with UNAVAILABLE and no details, as a lost process does."""
+    """Streams `tokens` messages per request, `delay` seconds apart; `fail_with` refuses every
+    request instead."""
 
     name: str
     tokens: int = 3

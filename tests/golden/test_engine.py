@@ -10,11 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
 from gpu_service.model.model import CausalLM, load_model
 from tests.support.engine import config, greedy, local_core, real_core, run
-from tests.support.models import FAMILIES, VARIANTS, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.models import VARIANTS, greedy_tokens, reference_model, tiny_model_dir
 from tests.support.offload import TRANSPORTS, cpu_service
 from tests.support.stack import Service
 

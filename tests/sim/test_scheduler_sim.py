@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -45,9 +46,9 @@ def check_outputs(machine: Machine, requests: list[Submit]) -> None:
             assert machine.outputs[key] == expected_output(request)
             assert machine.finished[key] == "length"
         usage = machine.usages[request.request_id]
-        assert usage.completion_tokens == request.sampling.max_tokens * request.sampling.n  # type:
-        ignore[attr-defined] assert usage.gpu_tokens + usage.host_tokens == usage.completion_tokens
-        # type: ignore[attr-defined]
+        tokens = request.sampling.max_tokens * request.sampling.n
+        assert usage.completion_tokens == tokens
+        assert usage.gpu_tokens + usage.host_tokens == tokens
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -78,16 +79,14 @@ def test_any_token_budget_works(budget: int) -> None:
 @pytest.mark.parametrize("host_blocks", [0, 13, 100])
 def test_any_pool_that_holds_the_longest_request_works(gpu_blocks: int, host_blocks: int) -> None:
     requests = [r for r in workload(5, 14, 28) if r.sampling.n == 1]
-    check_outputs(
-        run_all(requests, gpu_blocks=gpu_blocks, host_blocks=host_blocks), requests
-    )
+    check_outputs(run_all(requests, gpu_blocks=gpu_blocks, host_blocks=host_blocks), requests)
 
 
 def test_a_gpu_pool_smaller_than_a_prompt_serves_it_from_the_host() -> None:
     request = submit("long", 60, 10)
     machine = run_all([request], gpu_blocks=4, host_blocks=20)
     check_outputs(machine, [request])
-    assert machine.usages["long"].host_tokens == 10  # type: ignore[attr-defined]
+    assert machine.usages["long"].host_tokens == 10
 
 
 def plan_shape(plan: IterationPlan) -> object:
@@ -119,7 +118,7 @@ def test_more_host_memory_never_lowers_throughput(seed: int) -> None:
         run_all(requests, host_blocks=blocks, max_running=64, max_batch_tokens=128).now
         for blocks in (0, 18, 36, 72, 144)
     ]
-    for less, more in zip(times, times[1:], strict=False):
+    for less, more in itertools.pairwise(times):
         assert more <= 1.01 * less, times
     assert times[-1] < 0.6 * times[0], times
 
@@ -167,7 +166,7 @@ def test_promotion_and_demotion_do_not_ping_pong(seed: int) -> None:
             moves.setdefault(move.key, []).append((plan.number, move.target))
     for history in moves.values():
         assert len(history) <= 4, history
-        for (first, a), (second, b) in zip(history, history[1:], strict=False):
+        for (first, a), (second, b) in itertools.pairwise(history):
             if a is Tier.GPU and b is Tier.HOST:
                 assert second - first >= 8, "demoted again right after its promotion"
 
@@ -219,9 +218,7 @@ def test_stalls_lost_migrations_and_outages_lose_nothing(seed: int) -> None:
     for _ in range(3000):
         if not machine.scheduler.live_requests:
             break
-        machine.host = (
-            HostTierState.DEGRADED if draw.random() < 0.2 else HostTierState.UP
-        )
+        machine.host = HostTierState.DEGRADED if draw.random() < 0.2 else HostTierState.UP
         machine.step(spoil)
     machine.check_empty()
     assert not machine.refused

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gpu_service.engine.messages import SamplingSpec, Submit
+from gpu_service.engine.messages import RequestUsage, SamplingSpec, Submit
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import (
@@ -103,7 +103,7 @@ class Machine:
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.finished: dict[tuple[str, int], str] = {}
         self.refused: dict[str, str] = {}
-        self.usages: dict[str, object] = {}
+        self.usages: dict[str, RequestUsage] = {}
         self.first_token: dict[str, float] = {}
         self._seconds = seconds
         self._books = Books()

@@ -1,140 +1,262 @@
 #include "attention.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
-#include <limits>
+#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
+#include "attention_plan.hpp"
+#include "isa.hpp"
 #include "kv_piece.hpp"
 
 namespace neo {
 namespace {
 
-constexpr int32_t kMaxGroup = 16;
-constexpr int32_t kMaxDim = 256;
-constexpr int32_t kMaxBlock = 64;
-// Below this many KV bytes a second thread costs more than it saves.
-constexpr std::size_t kBytesWorthThreads = 64 << 10;
+// Below any real score, and finite: a score of -infinity then has weight 0, not NaN.
+constexpr float kNoScore = -1e30F;
 
-// Running softmax of one group of query heads that share a KV head.
-struct GroupState {
-  float q[kMaxGroup][kMaxDim];
-  float acc[kMaxGroup][kMaxDim];
-  float top[kMaxGroup];
-  float sum[kMaxGroup];
+std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// One call: what its items share. Partial results live in the thread pool's scratch memory:
+// chunks | arrivals [chunks' first partial, ranges] | top, sum [partials, query_heads] | acc [partials, query_heads,
+// dim]
+struct Call {
+  const KvPool& pool;
+  int32_t layer;
+  const AttentionParams& params;
+  const AttentionBatch& batch;
+  PieceShape shape;
+  StripKernel kernel;
+  AttentionPlan plan;
+  std::atomic<int32_t>* arrivals;
+  float* stats;
+  float* accs;
+
+  int32_t group() const { return params.query_heads / pool.layout().kv_heads; }
+  const int32_t* table(int32_t row) const {
+    return batch.block_tables + static_cast<std::size_t>(row) * batch.table_stride;
+  }
+  std::byte* region(int32_t row, int32_t head, int32_t token) const {
+    return pool.piece(layer, table(row)[token / pool.layout().block_tokens]) + head * shape.region_bytes;
+  }
 };
 
-template <typename Kv>
-void widen(const Kv* row, float scale, float* out, int32_t dim) {
-  for (int32_t i = 0; i < dim; ++i) {
-    if constexpr (std::is_same_v<Kv, int8_t>) {
-      out[i] = static_cast<float>(row[i]) * scale;
-    } else {
-      out[i] = to_float(row[i]);
+Tile tile_at(const Call& call, int32_t row, int32_t head, int32_t token) {
+  const KvLayout& layout = call.pool.layout();
+  const std::byte* region = call.region(row, head, token);
+  const int32_t offset = token % layout.block_tokens;
+  const std::size_t bytes = static_cast<std::size_t>(offset) * layout.head_dim * call.shape.width;
+  Tile tile{region + bytes, region + call.shape.half_bytes + bytes, nullptr, nullptr};
+  if (call.shape.scale_bytes != 0) {
+    tile.k_scale = reinterpret_cast<const float*>(region + 2 * call.shape.half_bytes) + offset;
+    tile.v_scale = reinterpret_cast<const float*>(region + 2 * call.shape.half_bytes + call.shape.scale_bytes) + offset;
+  }
+  return tile;
+}
+
+// The strip's tiles; returns how many there are. Those beyond repeat the last.
+int32_t find_tiles(const Call& call, const ChunkPlan& chunk, int32_t head, int32_t strip, Tile* tiles) {
+  const int32_t first = chunk.begin + strip * kStripTokens;
+  const int32_t count = std::min(kStripTiles, (chunk.end - first + kTileTokens - 1) / kTileTokens);
+  for (int32_t t = 0; t < kStripTiles; ++t) {
+    tiles[t] = t < count ? tile_at(call, chunk.row, head, first + t * kTileTokens) : tiles[count - 1];
+  }
+  return count;
+}
+
+template <typename T>
+void clear_tokens(std::byte* tile, int32_t packed, int32_t dim, int32_t begin, int32_t end) {
+  for (int32_t t = 0; t < kTileTokens; ++t) {
+    if (t >= begin && t < end) {
+      continue;
+    }
+    T* first = reinterpret_cast<T*>(tile) + static_cast<std::size_t>(t / packed) * dim * packed + t % packed;
+    for (int32_t i = 0; i < dim; ++i) {
+      first[i * packed] = T{0};
     }
   }
 }
 
-// Tokens [begin, end) of one block, in one pass over K and one over V.
-template <typename Kv>
-void attend_block(GroupState& state, std::byte* piece, const KvLayout& layout, const PieceShape& shape,
-                  const AttentionParams& params, int32_t head, int32_t group, int32_t begin, int32_t end) {
-  const int32_t dim = layout.head_dim;
-  float scores[kMaxGroup][kMaxBlock];
-  float row[kMaxDim];
-  for (int32_t t = begin; t < end; ++t) {
-    widen(piece_row<Kv>(piece, layout, shape, 0, head, t),
-          std::is_same_v<Kv, int8_t> ? *piece_scale(piece, layout, shape, 0, head, t) : 1.0F, row, dim);
-    for (int32_t g = 0; g < group; ++g) {
-      float lanes[16] = {};
-      for (int32_t i = 0; i < dim; i += 16) {
-        for (int32_t j = 0; j < 16; ++j) {
-          lanes[j] += state.q[g][i + j] * row[i + j];
+// V of tokens that are not attended is multiplied by weight 0, which a NaN left there would survive: the at most two
+// tiles that have such tokens are replaced by copies without. Int8 has no NaN; its scales are masked with the weights.
+struct CleanV {
+  alignas(64) std::byte tiles[2][kTileTokens * kMaxDim * sizeof(float)];
+
+  void replace(const Call& call, Strip& strip) {
+    const KvLayout& layout = call.pool.layout();
+    if (layout.dtype == DType::kInt8) {
+      return;
+    }
+    int32_t used = 0;
+    for (int32_t t = 0; t < strip.count; ++t) {
+      const int32_t begin = strip.begin - t * kTileTokens;
+      const int32_t end = strip.end - t * kTileTokens;
+      if (begin <= 0 && end >= kTileTokens) {
+        continue;
+      }
+      if (end <= 0 || begin >= kTileTokens) {  // before the window: a whole tile of strangers
+        begin >= kTileTokens ? skip(strip, t) : void();
+        continue;
+      }
+      std::byte* clean = tiles[used++];
+      std::memcpy(clean, strip.tiles[t].v, kTileTokens * layout.head_dim * call.shape.width);
+      if (layout.dtype == DType::kFloat32) {
+        clear_tokens<uint32_t>(clean, 1, layout.head_dim, begin, end);
+      } else {
+        clear_tokens<uint16_t>(clean, layout.dtype == DType::kBFloat16 ? 2 : 1, layout.head_dim, begin, end);
+      }
+      strip.tiles[t].v = clean;
+    }
+  }
+  static void skip(Strip& strip, int32_t t) { strip.tiles[t].v = zeros; }
+  alignas(64) static constexpr std::byte zeros[kTileTokens * kMaxDim * sizeof(float)] = {};
+};
+
+void append(const Call& call, int32_t row, int32_t head) {
+  const KvLayout& layout = call.pool.layout();
+  const int32_t last = call.batch.lengths[row] - 1;
+  const std::size_t at = (static_cast<std::size_t>(row) * layout.kv_heads + head) * layout.head_dim;
+  with_type(call.params.activation, [&]<typename T>(T) {
+    if constexpr (!std::is_same_v<T, int8_t>) {
+      with_type(layout.dtype, [&]<typename Kv>(Kv) {
+        std::byte* region = call.region(row, head, last);
+        for (int half = 0; half < 2; ++half) {
+          const void* source = half == 0 ? call.batch.k_new : call.batch.v_new;
+          store_token<Kv>(static_cast<const T*>(source) + at,
+                          place_of<Kv>(region, layout, call.shape, half, last % layout.block_tokens), layout.head_dim);
         }
-      }
-      float dot = 0.0F;
-      for (const float lane : lanes) {
-        dot += lane;
-      }
-      scores[g][t] = params.softcap > 0.0F ? params.softcap * std::tanh(dot / params.softcap) : dot;
+      });
     }
-  }
-  for (int32_t g = 0; g < group; ++g) {
-    float top = state.top[g];
-    for (int32_t t = begin; t < end; ++t) {
-      top = std::isnan(scores[g][t]) ? scores[g][t] : std::max(top, scores[g][t]);
-    }
-    const float shrink = state.top[g] == top ? 1.0F : std::exp(state.top[g] - top);
-    state.top[g] = top;
-    state.sum[g] *= shrink;
-    for (int32_t i = 0; i < dim; ++i) {
-      state.acc[g][i] *= shrink;
-    }
-    for (int32_t t = begin; t < end; ++t) {
-      scores[g][t] = std::exp(scores[g][t] - top);
-      state.sum[g] += scores[g][t];
-    }
-  }
-  for (int32_t t = begin; t < end; ++t) {
-    widen(piece_row<Kv>(piece, layout, shape, 1, head, t),
-          std::is_same_v<Kv, int8_t> ? *piece_scale(piece, layout, shape, 1, head, t) : 1.0F, row, dim);
-    for (int32_t g = 0; g < group; ++g) {
-      for (int32_t i = 0; i < dim; ++i) {
-        state.acc[g][i] += scores[g][t] * row[i];
+  });
+}
+
+void start(const Call& call, HeadState& state, std::size_t first_head) {
+  const int32_t count = state.group * state.dim;
+  with_type(call.params.activation, [&]<typename T>(T) {
+    if constexpr (!std::is_same_v<T, int8_t>) {
+      const T* q = static_cast<const T*>(call.batch.q) + first_head * state.dim;
+      for (int32_t i = 0; i < count; ++i) {
+        state.q[i] = to_float(q[i]);
       }
     }
+  });
+  std::fill_n(state.acc, count, 0.0F);
+  std::fill_n(state.top, state.group, kNoScore);
+  std::fill_n(state.sum, state.group, 0.0F);
+  if (call.kernel.prepare != nullptr) {
+    call.kernel.prepare(state);
   }
 }
 
-// One KV head of one row: append, then attend.
-template <typename Kv, typename T>
-void attend_head(const KvPool& pool, int32_t layer, const AttentionParams& params, const AttentionBatch& batch,
-                 int32_t row, int32_t head) {
-  const KvLayout& layout = pool.layout();
-  const PieceShape shape(layout);
-  const int32_t dim = layout.head_dim;
-  const int32_t group = params.query_heads / layout.kv_heads;
-  const int32_t length = batch.lengths[row];
-  const int32_t* table = batch.block_tables + static_cast<std::size_t>(row) * batch.table_stride;
-  if (batch.k_new != nullptr) {
-    const int32_t last = length - 1;
-    std::byte* piece = pool.piece(layer, table[last / layout.block_tokens]);
-    const std::size_t at = (static_cast<std::size_t>(row) * layout.kv_heads + head) * dim;
-    for (int half = 0; half < 2; ++half) {
-      const T* source = static_cast<const T*>(half == 0 ? batch.k_new : batch.v_new) + at;
-      const int32_t offset = last % layout.block_tokens;
-      store_row(source, piece_row<Kv>(piece, layout, shape, half, head, offset),
-                piece_scale(piece, layout, shape, half, head, offset), dim);
+// One query head's result to `out` and `lse`.
+void finish(const Call& call, std::size_t query_head, const float* acc, float top, float sum) {
+  const int32_t dim = call.pool.layout().head_dim;
+  with_type(call.params.activation, [&]<typename T>(T) {
+    if constexpr (!std::is_same_v<T, int8_t>) {
+      T* out = static_cast<T*>(call.batch.out) + query_head * dim;
+      for (int32_t i = 0; i < dim; ++i) {
+        out[i] = from_float<T>(acc[i] / sum);
+      }
+    }
+  });
+  if (call.batch.lse != nullptr) {
+    call.batch.lse[query_head] = top + std::log(sum);
+  }
+}
+
+// All chunks' partial results of one query head, always in chunk order.
+void merge(const Call& call, const ChunkPlan& chunk, int32_t query_head) {
+  const int32_t dim = call.pool.layout().head_dim;
+  const auto index = [&](int32_t i) {
+    return static_cast<std::size_t>(chunk.partial + i) * call.params.query_heads + query_head;
+  };
+  float top = kNoScore;
+  for (int32_t i = 0; i < chunk.count; ++i) {
+    top = std::max(top, call.stats[2 * index(i)]);
+  }
+  float sum = 0.0F;
+  float acc[kMaxDim] = {};
+  for (int32_t i = 0; i < chunk.count; ++i) {
+    const float weight = std::exp(call.stats[2 * index(i)] - top);
+    sum += weight * call.stats[2 * index(i) + 1];
+    const float* part = call.accs + index(i) * dim;
+    for (int32_t d = 0; d < dim; ++d) {
+      acc[d] += weight * part[d];
     }
   }
-  GroupState state;
-  const std::size_t first_head = static_cast<std::size_t>(row) * params.query_heads + head * group;
-  for (int32_t g = 0; g < group; ++g) {
-    const T* q = static_cast<const T*>(batch.q) + (first_head + g) * dim;
-    for (int32_t i = 0; i < dim; ++i) {
-      state.q[g][i] = to_float(q[i]) * params.scale;
-      state.acc[g][i] = 0.0F;
+  finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, acc, top, sum);
+}
+
+void keep(const Call& call, const ChunkPlan& chunk, const HeadState& state, int32_t head) {
+  for (int32_t g = 0; g < state.group; ++g) {
+    const int32_t query_head = head * state.group + g;
+    const float* acc = state.acc + g * state.dim;
+    if (chunk.partial < 0) {
+      finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, acc, state.top[g],
+             state.sum[g]);
+      continue;
     }
-    state.top[g] = -std::numeric_limits<float>::infinity();
-    state.sum[g] = 0.0F;
+    const std::size_t at = static_cast<std::size_t>(chunk.partial + chunk.index) * call.params.query_heads + query_head;
+    call.stats[2 * at] = state.top[g];
+    call.stats[2 * at + 1] = state.sum[g];
+    std::copy_n(acc, state.dim, call.accs + at * state.dim);
   }
-  const int32_t start = params.window > 0 ? std::max(0, length - params.window) : 0;
-  for (int32_t at = start; at < length;) {
-    const int32_t begin = at % layout.block_tokens;
-    const int32_t end = std::min(layout.block_tokens, begin + length - at);
-    attend_block<Kv>(state, pool.piece(layer, table[at / layout.block_tokens]), layout, shape, params, head, group,
-                     begin, end);
-    at += end - begin;
-  }
-  for (int32_t g = 0; g < group; ++g) {
-    T* out = static_cast<T*>(batch.out) + (first_head + g) * dim;
-    for (int32_t i = 0; i < dim; ++i) {
-      out[i] = from_float<T>(state.acc[g][i] / state.sum[g]);
+}
+
+// One chunk, heads [head, last): the strips of one head, then those of the next, each prefetching what follows.
+void attend_chunk(const Call& call, const ChunkPlan& chunk, int32_t head, int32_t last) {
+  HeadState state;
+  state.group = call.group();
+  state.dim = call.pool.layout().head_dim;
+  state.scale = call.params.scale;
+  state.softcap = call.params.softcap;
+  const int32_t length = call.batch.lengths[chunk.row];
+  if (call.batch.k_new != nullptr && chunk.end == length) {
+    for (int32_t h = head; h < last; ++h) {
+      append(call, chunk.row, h);
     }
-    if (batch.lse != nullptr) {
-      batch.lse[first_head + g] = state.top[g] + std::log(state.sum[g]);
+  }
+  const int32_t begin = std::max(chunk.begin, first_token(length, call.params.window));
+  const int32_t strips = (chunk.end - chunk.begin + kStripTokens - 1) / kStripTokens;
+  CleanV clean;
+  Strip strip;
+  int32_t next_count = find_tiles(call, chunk, head, 0, strip.next);
+  for (; head < last; ++head) {
+    start(call, state, static_cast<std::size_t>(chunk.row) * call.params.query_heads + head * state.group);
+    for (int32_t i = 0; i < strips; ++i) {
+      std::copy_n(strip.next, kStripTiles, strip.tiles);
+      strip.count = next_count;
+      const int32_t first = chunk.begin + i * kStripTokens;
+      strip.begin = std::max(0, begin - first);
+      strip.end = std::min(kStripTokens, chunk.end - first);
+      const bool more_heads = i + 1 == strips;
+      if (!more_heads || head + 1 < last) {
+        next_count = find_tiles(call, chunk, more_heads ? head + 1 : head, more_heads ? 0 : i + 1, strip.next);
+      }
+      if (strip.begin > 0 || strip.end < strip.count * kTileTokens) {
+        clean.replace(call, strip);
+      }
+      call.kernel.attend(state, strip);
+    }
+    keep(call, chunk, state, head);
+  }
+}
+
+void run_item(const Call& call, int32_t item) {
+  const ChunkPlan& chunk = call.plan.chunks[item / call.plan.ranges];
+  const int32_t range = item % call.plan.ranges;
+  const int32_t head = range * call.plan.heads_per_item;
+  const int32_t last = std::min(call.pool.layout().kv_heads, head + call.plan.heads_per_item);
+  attend_chunk(call, chunk, head, last);
+  if (chunk.partial < 0) {
+    return;
+  }
+  std::atomic<int32_t>& arrived = call.arrivals[chunk.partial * call.plan.ranges + range];
+  if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == chunk.count) {
+    for (int32_t query_head = head * call.group(); query_head < last * call.group(); ++query_head) {
+      merge(call, chunk, query_head);
     }
   }
 }
@@ -148,8 +270,11 @@ void check_batch(const KvPool& pool, const AttentionParams& params, const Attent
       params.query_heads / layout.kv_heads > kMaxGroup) {
     fail("query_heads must be 1 to 16 times kv_heads");
   }
-  if (params.activation == DType::kInt8) {
-    fail("q, k and v cannot be int8");
+  if (params.activation < DType::kFloat32 || params.activation > DType::kFloat16) {
+    fail("q, k, v and out must be float32, bfloat16 or float16");
+  }
+  if (!std::isfinite(params.scale) || !std::isfinite(params.softcap) || params.softcap < 0.0F) {
+    fail("scale and softcap must be finite, and softcap not negative");
   }
   if (batch.rows < 0 || params.window < 0) {
     fail("rows and window must not be negative");
@@ -161,10 +286,10 @@ void check_batch(const KvPool& pool, const AttentionParams& params, const Attent
       fail("length " + std::to_string(length) + " of row " + std::to_string(row) +
            " is not between 1 and what its block table holds");
     }
+    const int32_t* table = batch.block_tables + static_cast<std::size_t>(row) * batch.table_stride;
     for (int64_t i = 0; i < used; ++i) {
-      const int32_t block = batch.block_tables[static_cast<std::size_t>(row) * batch.table_stride + i];
-      if (block < 0 || block >= pool.blocks()) {
-        fail("block id " + std::to_string(block) + " of row " + std::to_string(row) + " is outside the pool");
+      if (table[i] < 0 || table[i] >= pool.blocks()) {
+        fail("block id " + std::to_string(table[i]) + " of row " + std::to_string(row) + " is outside the pool");
       }
     }
   }
@@ -173,27 +298,28 @@ void check_batch(const KvPool& pool, const AttentionParams& params, const Attent
 void decode_attention(ThreadPool& threads, const KvPool& pool, int32_t layer, const AttentionParams& params,
                       const AttentionBatch& batch) {
   const KvLayout& layout = pool.layout();
-  const int32_t heads = layout.kv_heads;
-  const auto item = [&](int32_t i) {
-    with_type(params.activation, [&]<typename T>(T) {
-      if constexpr (!std::is_same_v<T, int8_t>) {
-        with_type(layout.dtype, [&]<typename Kv>(Kv) {
-          attend_head<Kv, T>(pool, layer, params, batch, i / heads, i % heads);
-        });
-      }
-    });
-  };
-  std::size_t tokens = 0;
-  for (int32_t row = 0; row < batch.rows; ++row) {
-    tokens += batch.lengths[row];
+  const int32_t chunks = count_chunks(batch.lengths, batch.rows, params.window);
+  const std::size_t plan_bytes = round_up(sizeof(ChunkPlan) * static_cast<std::size_t>(chunks));
+  const std::size_t arrival_bytes = round_up(sizeof(int32_t) * static_cast<std::size_t>(chunks) * layout.kv_heads);
+  const std::size_t heads = static_cast<std::size_t>(chunks) * params.query_heads;
+  const std::size_t stat_bytes = round_up(2 * sizeof(float) * heads);
+  std::byte* scratch =
+      threads.scratch(plan_bytes + arrival_bytes + stat_bytes + heads * layout.head_dim * sizeof(float));
+  Call call{pool,
+            layer,
+            params,
+            batch,
+            PieceShape(layout),
+            strip_kernel(threads.isa(), layout.dtype, params.activation),
+            make_plan(layout, batch.lengths, batch.rows, params.window, threads.size(),
+                      reinterpret_cast<ChunkPlan*>(scratch)),
+            reinterpret_cast<std::atomic<int32_t>*>(scratch + plan_bytes),
+            reinterpret_cast<float*>(scratch + plan_bytes + arrival_bytes),
+            reinterpret_cast<float*>(scratch + plan_bytes + arrival_bytes + stat_bytes)};
+  for (int32_t i = 0; i < call.plan.partials * call.plan.ranges; ++i) {
+    call.arrivals[i].store(0, std::memory_order_relaxed);
   }
-  if (tokens * layout.piece_bytes() / layout.block_tokens < kBytesWorthThreads) {
-    for (int32_t i = 0; i < batch.rows * heads; ++i) {
-      item(i);
-    }
-    return;
-  }
-  threads.run(batch.rows * heads, item);
+  threads.run(call.plan.items(), [&call](int32_t item) { run_item(call, item); }, call.plan.helpers);
 }
 
 }  // namespace neo

@@ -60,6 +60,19 @@ void for_tokens(ThreadPool* threads, const KvPool& pool, int32_t activation, int
   }
 }
 
+// Calls f(place, half, head) for each head's K (half 0) and V (half 1) of one slot.
+template <typename Kv, typename F>
+void each_place(const KvPool& pool, const PieceShape& shape, int32_t layer, int64_t slot, F&& f) {
+  const KvLayout& layout = pool.layout();
+  std::byte* piece = pool.piece(layer, slot / layout.block_tokens);
+  const auto offset = static_cast<int32_t>(slot % layout.block_tokens);
+  for (int32_t head = 0; head < layout.kv_heads; ++head) {
+    for (int half = 0; half < 2; ++half) {
+      f(place_of<Kv>(piece + head * shape.region_bytes, layout, shape, half, offset), half, head);
+    }
+  }
+}
+
 void write_kv(const KvPool& pool, int32_t layer, std::uintptr_t slots, int64_t tokens, std::uintptr_t k,
               std::uintptr_t v, int32_t activation, ThreadPool* threads) {
   const auto* ids = pointer<const int64_t>(slots);
@@ -68,9 +81,9 @@ void write_kv(const KvPool& pool, int32_t layer, std::uintptr_t slots, int64_t t
   const PieceShape shape(layout);
   const int64_t width = static_cast<int64_t>(layout.kv_heads) * layout.head_dim;
   for_tokens(threads, pool, activation, tokens, [&]<typename Kv, typename T>(Kv, T, int64_t i) {
-    store_token<Kv>(pool.piece(layer, ids[i] / layout.block_tokens), layout, shape,
-                    static_cast<int32_t>(ids[i] % layout.block_tokens), pointer<const T>(k) + i * width,
-                    pointer<const T>(v) + i * width);
+    each_place<Kv>(pool, shape, layer, ids[i], [&](const TokenPlace<Kv>& place, int half, int32_t head) {
+      store_token<Kv>(pointer<const T>(half == 0 ? k : v) + i * width + head * layout.head_dim, place, layout.head_dim);
+    });
   });
 }
 
@@ -80,16 +93,11 @@ void read_kv(const KvPool& pool, int32_t layer, std::uintptr_t slots, int64_t to
   check_slots(pool, layer, ids, tokens);
   const KvLayout& layout = pool.layout();
   const PieceShape shape(layout);
+  const int64_t width = static_cast<int64_t>(layout.kv_heads) * layout.head_dim;
   for_tokens(threads, pool, activation, tokens, [&]<typename Kv, typename T>(Kv, T, int64_t i) {
-    std::byte* piece = pool.piece(layer, ids[i] / layout.block_tokens);
-    const auto offset = static_cast<int32_t>(ids[i] % layout.block_tokens);
-    for (int half = 0; half < 2; ++half) {
-      for (int32_t head = 0; head < layout.kv_heads; ++head) {
-        load_row(piece_row<Kv>(piece, layout, shape, half, head, offset),
-                 piece_scale(piece, layout, shape, half, head, offset),
-                 pointer<T>(half == 0 ? k : v) + (i * layout.kv_heads + head) * layout.head_dim, layout.head_dim);
-      }
-    }
+    each_place<Kv>(pool, shape, layer, ids[i], [&](const TokenPlace<Kv>& place, int half, int32_t head) {
+      load_token<Kv>(place, pointer<T>(half == 0 ? k : v) + i * width + head * layout.head_dim, layout.head_dim);
+    });
   });
 }
 
@@ -120,15 +128,21 @@ void copy_blocks(const KvPool& target, const KvPool& source, std::uintptr_t sour
 
 void attend(ThreadPool& threads, const KvPool& pool, int32_t layer, int32_t rows, int32_t query_heads,
             int32_t activation, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t tables,
-            int32_t stride, std::uintptr_t lengths, std::uintptr_t out, std::uintptr_t lse, float scale,
-            int32_t window, float softcap) {
+            int32_t stride, std::uintptr_t lengths, std::uintptr_t out, std::uintptr_t lse, float scale, int32_t window,
+            float softcap) {
   if (layer < 0 || layer >= pool.layout().layers) {
     throw std::invalid_argument("layer " + std::to_string(layer) + " does not exist");
   }
   const AttentionParams params{query_heads, static_cast<DType>(activation), scale, window, softcap};
-  const AttentionBatch batch{rows,       pointer<const int32_t>(lengths), pointer<const int32_t>(tables),
-                             stride,     pointer<const void>(q),          pointer<const void>(k),
-                             pointer<const void>(v), pointer<void>(out),  pointer<float>(lse)};
+  const AttentionBatch batch{rows,
+                             pointer<const int32_t>(lengths),
+                             pointer<const int32_t>(tables),
+                             stride,
+                             pointer<const void>(q),
+                             pointer<const void>(k),
+                             pointer<const void>(v),
+                             pointer<void>(out),
+                             pointer<float>(lse)};
   check_batch(pool, params, batch);
   decode_attention(threads, pool, layer, params, batch);
 }
@@ -157,11 +171,14 @@ void bind_attention(py::module_& m) {
       .def("write", &write_kv, release())
       .def("read", &read_kv, release())
       .def("copy_blocks", &copy_blocks, release())
-      .def("attend", [](const KvPool& pool, ThreadPool& threads, int32_t layer, int32_t rows, int32_t query_heads,
-                        int32_t activation, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v,
-                        std::uintptr_t tables, int32_t stride, std::uintptr_t lengths, std::uintptr_t out,
-                        std::uintptr_t lse, float scale, int32_t window, float softcap) {
-        attend(threads, pool, layer, rows, query_heads, activation, q, k, v, tables, stride, lengths, out, lse, scale,
-               window, softcap);
-      }, release());
+      .def(
+          "attend",
+          [](const KvPool& pool, ThreadPool& threads, int32_t layer, int32_t rows, int32_t query_heads,
+             int32_t activation, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t tables,
+             int32_t stride, std::uintptr_t lengths, std::uintptr_t out, std::uintptr_t lse, float scale,
+             int32_t window, float softcap) {
+            attend(threads, pool, layer, rows, query_heads, activation, q, k, v, tables, stride, lengths, out, lse,
+                   scale, window, softcap);
+          },
+          release());
 }

@@ -1,4 +1,14 @@
-// The inside of a piece: [K | V][kv_heads][block_tokens][head_dim], then for int8 the scales [K | V][kv_heads][block_tokens].
+// The inside of a piece, and how single tokens get into it and out of it.
+//
+//   piece  = [kv_heads] regions
+//   region = K | V | K scales | V scales              (scales for int8 only: float [block_tokens] each)
+//   K      = [block_tokens / 16] tiles of [head_dim / w][16 tokens][w dims]
+//   V      = [block_tokens / w][head_dim][w tokens]
+//   w      = 1 for fp32 and fp16, 2 for bf16, 4 for int8
+//
+// A vector register of K then holds 16 tokens, one of V 16 dims, so that neither dot product ends in a horizontal sum,
+// and w is what the dot-product instructions add up (VDPBF16PS pairs, VPDPBUSD quads; also AMX's B tiles). One region
+// is contiguous: 8 KiB for 128 dims in bf16. docs/perf-log.md has the measurements.
 #pragma once
 
 #include <algorithm>
@@ -9,21 +19,26 @@
 
 namespace neo {
 
+inline constexpr int32_t kTileTokens = 16;
+
 struct PieceShape {
-  explicit PieceShape(const KvLayout& layout) {
-    const std::size_t width = layout.dtype == DType::kFloat32 ? 4 : layout.dtype == DType::kInt8 ? 1 : 2;
-    head_elements = static_cast<std::size_t>(layout.block_tokens) * layout.head_dim;
-    half_elements = head_elements * layout.kv_heads;
-    half_scales = layout.dtype == DType::kInt8 ? static_cast<std::size_t>(layout.block_tokens) * layout.kv_heads : 0;
-    scales_offset = 2 * half_elements * width;
-    bytes = scales_offset + 2 * half_scales * sizeof(float);
-  }
-  std::size_t head_elements;  // of one head's K
-  std::size_t half_elements;  // of all heads' K
-  std::size_t half_scales;
-  std::size_t scales_offset;
-  std::size_t bytes;
+  explicit PieceShape(const KvLayout& layout)
+      : width(layout.dtype == DType::kFloat32 ? 4
+              : layout.dtype == DType::kInt8  ? 1
+                                              : 2),
+        half_bytes(width * static_cast<std::size_t>(layout.block_tokens) * layout.head_dim),
+        scale_bytes(layout.dtype == DType::kInt8 ? sizeof(float) * layout.block_tokens : 0),
+        region_bytes(2 * (half_bytes + scale_bytes)) {}
+  std::size_t width;       // of one element
+  std::size_t half_bytes;  // K of one head
+  std::size_t scale_bytes;
+  std::size_t region_bytes;
 };
+
+template <typename Kv>
+inline constexpr int32_t kPacked = sizeof(Kv) == 1                ? 4
+                                   : std::is_same_v<Kv, BFloat16> ? 2
+                                                                  : 1;
 
 // Calls f with a value of the C++ type that stores `dtype`.
 template <typename F>
@@ -41,63 +56,63 @@ decltype(auto) with_type(DType dtype, F&& f) {
   return f(int8_t{});
 }
 
-// One head of one token into its place. Int8: symmetric, scale = max |x| / 127.
+// One head of one token in a region: its elements are `stride` apart, in runs of `run`.
+template <typename Kv>
+struct TokenPlace {
+  Kv* first;
+  int32_t run;
+  int32_t stride;
+  float* scale;  // null unless int8
+  Kv& at(int32_t dim) const { return first[dim / run * stride + dim % run]; }
+};
+
+template <typename Kv>
+TokenPlace<Kv> place_of(std::byte* region, const KvLayout& layout, const PieceShape& shape, int half, int32_t offset) {
+  constexpr int32_t w = kPacked<Kv>;
+  Kv* base = reinterpret_cast<Kv*>(region + half * shape.half_bytes);
+  float* scale = nullptr;
+  if constexpr (std::is_same_v<Kv, int8_t>) {
+    scale = reinterpret_cast<float*>(region + 2 * shape.half_bytes + half * shape.scale_bytes) + offset;
+  }
+  if (half == 0) {
+    Kv* tile = base + static_cast<std::size_t>(offset / kTileTokens) * kTileTokens * layout.head_dim;
+    return {tile + offset % kTileTokens * w, w, kTileTokens * w, scale};
+  }
+  return {base + static_cast<std::size_t>(offset / w) * layout.head_dim * w + offset % w, 1, w, scale};
+}
+
+// Int8: symmetric, scale = max |x| / 127. NaN and infinity have no place there: NaN makes the scale NaN, so that it
+// shows.
 template <typename Kv, typename T>
-void store_row(const T* source, Kv* row, float* scale, int32_t head_dim) {
+void store_token(const T* source, const TokenPlace<Kv>& place, int32_t head_dim) {
   if constexpr (std::is_same_v<Kv, int8_t>) {
     float largest = 0.0F;
+    float poison = 0.0F;
     for (int32_t i = 0; i < head_dim; ++i) {
-      largest = std::max(largest, std::fabs(to_float(source[i])));
+      const float x = to_float(source[i]);
+      largest = std::max(largest, std::fabs(x));
+      poison += x * 0.0F;
     }
-    *scale = largest / 127.0F;
-    const float inverse = largest > 0.0F ? 127.0F / largest : 0.0F;
+    *place.scale = largest / 127.0F + poison;
+    const bool usable = largest > 0.0F && poison == 0.0F;
+    const float inverse = usable ? 127.0F / largest : 0.0F;
     for (int32_t i = 0; i < head_dim; ++i) {
-      row[i] = static_cast<int8_t>(std::lrintf(to_float(source[i]) * inverse));
+      place.at(i) = usable ? static_cast<int8_t>(std::lrintf(to_float(source[i]) * inverse)) : int8_t{0};
     }
   } else {
     for (int32_t i = 0; i < head_dim; ++i) {
-      row[i] = from_float<Kv>(to_float(source[i]));
+      place.at(i) = from_float<Kv>(to_float(source[i]));
     }
   }
 }
 
 template <typename Kv, typename T>
-void load_row(const Kv* row, const float* scale, T* target, int32_t head_dim) {
-  if constexpr (std::is_same_v<Kv, int8_t>) {
-    for (int32_t i = 0; i < head_dim; ++i) {
-      target[i] = from_float<T>(static_cast<float>(row[i]) * *scale);
-    }
-  } else {
-    for (int32_t i = 0; i < head_dim; ++i) {
-      target[i] = from_float<T>(to_float(row[i]));
-    }
-  }
-}
-
-// Element (half, head, offset) of a piece: half 0 is K, 1 is V.
-template <typename Kv>
-Kv* piece_row(std::byte* piece, const KvLayout& layout, const PieceShape& shape, int half, int32_t head,
-              int32_t offset) {
-  return reinterpret_cast<Kv*>(piece) + half * shape.half_elements + head * shape.head_elements +
-         static_cast<std::size_t>(offset) * layout.head_dim;
-}
-
-inline float* piece_scale(std::byte* piece, const KvLayout& layout, const PieceShape& shape, int half, int32_t head,
-                          int32_t offset) {
-  return reinterpret_cast<float*>(piece + shape.scales_offset) + half * shape.half_scales +
-         static_cast<std::size_t>(head) * layout.block_tokens + offset;
-}
-
-// Stores K and V [kv_heads, head_dim] of one token.
-template <typename Kv, typename T>
-void store_token(std::byte* piece, const KvLayout& layout, const PieceShape& shape, int32_t offset, const T* k,
-                 const T* v) {
-  for (int half = 0; half < 2; ++half) {
-    const T* source = half == 0 ? k : v;
-    for (int32_t head = 0; head < layout.kv_heads; ++head) {
-      store_row(source + static_cast<std::size_t>(head) * layout.head_dim,
-                piece_row<Kv>(piece, layout, shape, half, head, offset),
-                piece_scale(piece, layout, shape, half, head, offset), layout.head_dim);
+void load_token(const TokenPlace<Kv>& place, T* target, int32_t head_dim) {
+  for (int32_t i = 0; i < head_dim; ++i) {
+    if constexpr (std::is_same_v<Kv, int8_t>) {
+      target[i] = from_float<T>(static_cast<float>(place.at(i)) * *place.scale);
+    } else {
+      target[i] = from_float<T>(to_float(place.at(i)));
     }
   }
 }

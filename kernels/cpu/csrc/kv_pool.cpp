@@ -32,8 +32,7 @@ void check_layout(const KvLayout& layout) {
 }  // namespace
 
 std::size_t KvLayout::piece_bytes() const {
-  const PieceShape shape(*this);
-  return (shape.bytes + 63) / 64 * 64;
+  return PieceShape(*this).region_bytes * static_cast<std::size_t>(kv_heads);
 }
 
 KvPool::KvPool(KvLayout layout, int64_t blocks, std::span<std::byte> memory)

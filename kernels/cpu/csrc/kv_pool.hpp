@@ -1,6 +1,7 @@
 // The host KV pool's memory layout: block-paged, layer-major.
 //
 //   pool = [layers][blocks] of one *piece* = the K and V of `block_tokens` tokens of one layer, all heads, contiguous
+//          what is inside: kv_piece.hpp
 //   slot = block id * block_tokens + offset in the block: one token's place in every layer
 #pragma once
 
@@ -14,7 +15,7 @@ namespace neo {
 enum class DType : int32_t { kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3, kInt8 = 4 };
 
 // Goes up whenever the bytes of a piece, or of the control memory, mean something else.
-inline constexpr uint32_t kLayoutVersion = 1;
+inline constexpr uint32_t kLayoutVersion = 2;
 
 struct KvLayout {
   int32_t layers = 0;

@@ -1,0 +1,59 @@
+// What a vector loop sees: one KV head, four tiles of 16 tokens, the query heads that share them. One file per
+// instruction set implements it (strip_*.cpp); plan, tables and masks are attention.cpp's. Plain data only: these
+// headers are compiled with different flags, and an inline function here could reach a machine that lacks them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kv_pool.hpp"
+
+namespace neo {
+
+inline constexpr int32_t kMaxGroup = 16;
+inline constexpr int32_t kMaxDim = 256;
+inline constexpr int32_t kStripTiles = 4;
+inline constexpr int32_t kStripTokens = 64;
+
+struct Tile {
+  const std::byte* k;
+  const std::byte* v;
+  const float* k_scale;  // [16], null unless int8
+  const float* v_scale;
+};
+
+struct Strip {
+  Tile tiles[kStripTiles];  // those from `count` on repeat the last one
+  Tile next[kStripTiles];   // what comes after, to prefetch; repeats `tiles` at the end
+  int32_t count;
+  int32_t begin;  // tokens [begin, end) of the strip are attended; V outside of it is finite
+  int32_t end;
+};
+
+// The running softmax of one group. Arrays over dims are packed: head g starts at g * dim.
+struct HeadState {
+  int32_t group;
+  int32_t dim;
+  float scale;
+  float softcap;
+  alignas(64) float q[kMaxGroup * kMaxDim];
+  alignas(64) float acc[kMaxGroup * kMaxDim];
+  alignas(64) std::byte q_packed[kMaxGroup * kMaxDim * 2];  // the kernel's own form of q
+  float q_scale[kMaxGroup];
+  int32_t q_sum[kMaxGroup][2];
+  float top[kMaxGroup];
+  float sum[kMaxGroup];
+};
+
+struct StripKernel {
+  void (*prepare)(HeadState&) = nullptr;  // fills q_packed and so on from q; null: nothing to do
+  void (*attend)(HeadState&, const Strip&) = nullptr;
+};
+
+// The best kernel of an instruction set for this pair of types; `attend` is null where a lesser set has it.
+StripKernel scalar_strip(DType kv, DType activation);
+StripKernel avx2_strip(DType kv, DType activation);
+StripKernel avx512_strip(DType kv, DType activation);
+StripKernel avx512bf16_strip(DType kv, DType activation);
+
+}  // namespace neo

@@ -1,0 +1,320 @@
+// Vector loops with dot-product instructions. bf16: VDPBF16PS adds pairs of exact products in fp32; q and K are not
+// rounded, weights are (to 8 bits, as FlashAttention does). int8: VPDPBUSD adds quads of 8-bit products; q and weights
+// are cut into two bytes each, 16 bits in all, so that they add no error to speak of. A lone fp32 multiply-add per
+// element and head cannot keep up with memory on cores with 256-bit datapaths (docs/perf-log.md).
+#include "strip_softmax.hpp"
+#include "vec_avx512.hpp"
+
+namespace neo {
+namespace {
+
+constexpr int32_t kLine = 64;  // bytes of a packed row: 16 tokens (K) or dims (V) of 4 bytes
+
+inline int32_t word(const void* at) {
+  int32_t value;
+  __builtin_memcpy(&value, at, sizeof(value));
+  return value;
+}
+
+// Calls f<n>() with n = min(count, kMost).
+template <int32_t kMost, typename F>
+inline void with_count(int32_t count, F&& f) {
+  if constexpr (kMost == 1) {
+    f.template operator()<1>();
+  } else if (count >= kMost) {
+    f.template operator()<kMost>();
+  } else {
+    with_count<kMost - 1>(count, f);
+  }
+}
+
+// ---- bf16
+
+struct Bf16 {
+  static constexpr int32_t kHeads = 4;  // at once: 16 accumulators of the 32 registers
+
+  static void prepare(HeadState& state) {
+    for (int32_t i = 0; i < state.group * state.dim; i += 16) {
+      const __m256bh x = _mm512_cvtneps_pbh(_mm512_loadu_ps(state.q + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(state.q_packed + i * 2), reinterpret_cast<__m256i>(x));
+    }
+  }
+
+  template <int32_t heads, bool prefetch>
+  static void scores(const HeadState& state, const Strip& strip, int32_t head, float (*out)[64]) {
+    __m512 acc[heads][kStripTiles];
+    for (auto& row : acc) {
+      for (__m512& x : row) {
+        x = _mm512_setzero_ps();
+      }
+    }
+    const std::byte* q = state.q_packed + head * state.dim * 2;
+    for (int32_t i = 0; i < state.dim / 2; ++i) {
+      __m512i k[kStripTiles];
+      for (int32_t t = 0; t < kStripTiles; ++t) {
+        k[t] = _mm512_loadu_si512(strip.tiles[t].k + i * kLine);
+        if constexpr (prefetch) {
+          __builtin_prefetch(strip.next[t].k + i * kLine, 0, 3);
+        }
+      }
+      for (int32_t h = 0; h < heads; ++h) {
+        const __m512i pair = _mm512_set1_epi32(word(q + h * state.dim * 2 + i * 4));
+        for (int32_t t = 0; t < kStripTiles; ++t) {
+          acc[h][t] = _mm512_dpbf16_ps(acc[h][t], reinterpret_cast<__m512bh>(k[t]), reinterpret_cast<__m512bh>(pair));
+        }
+      }
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+      for (int32_t t = 0; t < kStripTiles; ++t) {
+        _mm512_store_ps(out[head + h] + t * 16, _mm512_mul_ps(acc[h][t], _mm512_set1_ps(state.scale)));
+      }
+    }
+  }
+
+  template <int32_t heads, int32_t columns, bool prefetch>
+  static void values(HeadState& state, const Strip& strip, int32_t column, int32_t head,
+                     const uint16_t (*weights)[64]) {
+    __m512 acc[heads][columns];
+    for (int32_t h = 0; h < heads; ++h) {
+      for (int32_t c = 0; c < columns; ++c) {
+        acc[h][c] = _mm512_loadu_ps(state.acc + (head + h) * state.dim + (column + c) * 16);
+      }
+    }
+    const int32_t stride = state.dim / 16 * kLine;
+    for (int32_t t = 0; t < strip.count; ++t) {
+      for (int32_t i = 0; i < 8; ++i) {
+        const int32_t offset = i * stride + column * kLine;
+        __m512i v[columns];
+        for (int32_t c = 0; c < columns; ++c) {
+          v[c] = _mm512_loadu_si512(strip.tiles[t].v + offset + c * kLine);
+          if constexpr (prefetch) {
+            __builtin_prefetch(strip.next[t].v + offset + c * kLine, 0, 3);
+          }
+        }
+        for (int32_t h = 0; h < heads; ++h) {
+          const __m512i pair = _mm512_set1_epi32(word(weights[head + h] + t * 16 + i * 2));
+          for (int32_t c = 0; c < columns; ++c) {
+            acc[h][c] = _mm512_dpbf16_ps(acc[h][c], reinterpret_cast<__m512bh>(v[c]), reinterpret_cast<__m512bh>(pair));
+          }
+        }
+      }
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+      for (int32_t c = 0; c < columns; ++c) {
+        _mm512_storeu_ps(state.acc + (head + h) * state.dim + (column + c) * 16, acc[h][c]);
+      }
+    }
+  }
+
+  struct Weights {
+    alignas(64) uint16_t bits[kMaxGroup][64];
+  };
+
+  static void weigh(HeadState& state, const Strip& strip, int32_t h, float* row, Weights& weights) {
+    weigh_head<Vec512>(state, strip, h, row);
+    for (int32_t t = 0; t < kStripTokens; t += 16) {
+      const __m256bh x = _mm512_cvtneps_pbh(_mm512_load_ps(row + t));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(weights.bits[h] + t), reinterpret_cast<__m256i>(x));
+    }
+  }
+
+  template <int32_t heads, int32_t columns, bool prefetch>
+  static void values(HeadState& state, const Strip& strip, int32_t column, int32_t head, const Weights& weights) {
+    values<heads, columns, prefetch>(state, strip, column, head, weights.bits);
+  }
+};
+
+// ---- int8
+
+struct Int8 {
+  static constexpr int32_t kHeads = 2;  // high and low bytes: 16 accumulators again
+
+  // q = q_scale * (256 high + low), both signed. VPDPBUSD wants one unsigned side: K is read as K + 128, and
+  // 128 * sum(q) is taken off first.
+  static void prepare(HeadState& state) {
+    for (int32_t h = 0; h < state.group; ++h) {
+      const float* q = state.q + h * state.dim;
+      auto* high = reinterpret_cast<int8_t*>(state.q_packed + h * state.dim * 2);
+      int8_t* low = high + state.dim;
+      __m512 largest = _mm512_setzero_ps();
+      __m512 poison = _mm512_setzero_ps();
+      for (int32_t i = 0; i < state.dim; i += 16) {
+        const __m512 x = _mm512_loadu_ps(q + i);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+        poison = _mm512_fmadd_ps(x, _mm512_setzero_ps(), poison);
+      }
+      const float bound = _mm512_reduce_max_ps(largest);
+      const __m512 inverse = _mm512_set1_ps(bound > 0.0F ? 32512.0F / bound : 0.0F);
+      __m512i high_sum = _mm512_setzero_si512();
+      __m512i low_sum = _mm512_setzero_si512();
+      for (int32_t i = 0; i < state.dim; i += 16) {
+        const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + i), inverse));
+        const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
+        const __m512i rest = _mm512_sub_epi32(x, _mm512_slli_epi32(top, 8));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(top));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(rest));
+        high_sum = _mm512_add_epi32(high_sum, top);
+        low_sum = _mm512_add_epi32(low_sum, rest);
+      }
+      // A NaN or infinity in q must show in the scores.
+      state.q_scale[h] = bound / 32512.0F + _mm512_reduce_add_ps(poison);
+      state.q_sum[h][0] = _mm512_reduce_add_epi32(high_sum);
+      state.q_sum[h][1] = _mm512_reduce_add_epi32(low_sum);
+    }
+  }
+
+  template <int32_t heads, bool prefetch>
+  static void scores(const HeadState& state, const Strip& strip, int32_t head, float (*out)[64]) {
+    __m512i high[heads][kStripTiles];
+    __m512i low[heads][kStripTiles];
+    for (int32_t h = 0; h < heads; ++h) {
+      for (int32_t t = 0; t < kStripTiles; ++t) {
+        high[h][t] = _mm512_set1_epi32(-128 * state.q_sum[head + h][0]);
+        low[h][t] = _mm512_set1_epi32(-128 * state.q_sum[head + h][1]);
+      }
+    }
+    const std::byte* q = state.q_packed + head * state.dim * 2;
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+    for (int32_t i = 0; i < state.dim / 4; ++i) {
+      __m512i k[kStripTiles];
+      for (int32_t t = 0; t < kStripTiles; ++t) {
+        k[t] = _mm512_xor_si512(_mm512_loadu_si512(strip.tiles[t].k + i * kLine), flip);
+        if constexpr (prefetch) {
+          __builtin_prefetch(strip.next[t].k + i * kLine, 0, 3);
+        }
+      }
+      for (int32_t h = 0; h < heads; ++h) {
+        const std::byte* bytes = q + h * state.dim * 2 + i * 4;
+        const __m512i q_high = _mm512_set1_epi32(word(bytes));
+        const __m512i q_low = _mm512_set1_epi32(word(bytes + state.dim));
+        for (int32_t t = 0; t < kStripTiles; ++t) {
+          high[h][t] = _mm512_dpbusd_epi32(high[h][t], k[t], q_high);
+          low[h][t] = _mm512_dpbusd_epi32(low[h][t], k[t], q_low);
+        }
+      }
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+      const __m512 scale = _mm512_set1_ps(state.scale * state.q_scale[head + h]);
+      for (int32_t t = 0; t < kStripTiles; ++t) {
+        const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[h][t], 8), low[h][t]);
+        const __m512 token = _mm512_mul_ps(_mm512_loadu_ps(strip.tiles[t].k_scale), scale);
+        _mm512_store_ps(out[head + h] + t * 16, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), token));
+      }
+    }
+  }
+
+  // weight = unit * (256 high + low), both unsigned.
+  struct Weights {
+    alignas(64) uint8_t high[kMaxGroup][64];
+    alignas(64) uint8_t low[kMaxGroup][64];
+    float unit[kMaxGroup];
+  };
+
+  static void weigh(HeadState& state, const Strip& strip, int32_t h, float* row, Weights& weights) {
+    weigh_head<Vec512>(state, strip, h, row);
+    scale_weights<Vec512>(strip, row);
+    __m512 largest = _mm512_load_ps(row);
+    __m512 total = largest;
+    for (int32_t t = 16; t < kStripTokens; t += 16) {
+      largest = _mm512_max_ps(largest, _mm512_load_ps(row + t));
+      total = _mm512_add_ps(total, _mm512_load_ps(row + t));
+    }
+    const float bound = _mm512_reduce_max_ps(largest);
+    const float sum = _mm512_reduce_add_ps(total);
+    const __m512 inverse = _mm512_set1_ps(bound > 0.0F ? 65280.0F / bound : 0.0F);
+    for (int32_t t = 0; t < kStripTokens; t += 16) {
+      const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + t), inverse));
+      _mm_store_si128(reinterpret_cast<__m128i*>(weights.high[h] + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(weights.low[h] + t), _mm512_cvtepi32_epi8(x));
+    }
+    weights.unit[h] = bound / 65280.0F + (sum - sum);  // NaN if any weight is
+  }
+
+  template <int32_t heads, int32_t columns, bool prefetch>
+  static void values(HeadState& state, const Strip& strip, int32_t column, int32_t head, const Weights& weights) {
+    __m512i high[heads][columns];
+    __m512i low[heads][columns];
+    for (int32_t h = 0; h < heads; ++h) {
+      for (int32_t c = 0; c < columns; ++c) {
+        high[h][c] = _mm512_setzero_si512();
+        low[h][c] = _mm512_setzero_si512();
+      }
+    }
+    const int32_t stride = state.dim / 16 * kLine;
+    for (int32_t t = 0; t < strip.count; ++t) {
+      for (int32_t i = 0; i < 4; ++i) {
+        const int32_t offset = i * stride + column * kLine;
+        __m512i v[columns];
+        for (int32_t c = 0; c < columns; ++c) {
+          v[c] = _mm512_loadu_si512(strip.tiles[t].v + offset + c * kLine);
+          if constexpr (prefetch) {
+            __builtin_prefetch(strip.next[t].v + offset + c * kLine, 0, 3);
+          }
+        }
+        for (int32_t h = 0; h < heads; ++h) {
+          const __m512i w_high = _mm512_set1_epi32(word(weights.high[head + h] + t * 16 + i * 4));
+          const __m512i w_low = _mm512_set1_epi32(word(weights.low[head + h] + t * 16 + i * 4));
+          for (int32_t c = 0; c < columns; ++c) {
+            high[h][c] = _mm512_dpbusd_epi32(high[h][c], w_high, v[c]);
+            low[h][c] = _mm512_dpbusd_epi32(low[h][c], w_low, v[c]);
+          }
+        }
+      }
+    }
+    for (int32_t h = 0; h < heads; ++h) {
+      const __m512 unit = _mm512_set1_ps(weights.unit[head + h]);
+      for (int32_t c = 0; c < columns; ++c) {
+        float* acc = state.acc + (head + h) * state.dim + (column + c) * 16;
+        const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[h][c], 8), low[h][c]);
+        _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), unit, _mm512_loadu_ps(acc)));
+      }
+    }
+  }
+};
+
+// ---- either
+
+template <typename Kv, int32_t heads, bool prefetch>
+inline void attend_heads(HeadState& state, const Strip& strip, int32_t head, float (*scores)[64],
+                         typename Kv::Weights& weights) {
+  constexpr int32_t kColumns = 4;
+  Kv::template scores<heads, prefetch>(state, strip, head, scores);
+  for (int32_t h = head; h < head + heads; ++h) {
+    Kv::weigh(state, strip, h, scores[h], weights);
+  }
+  const int32_t columns = state.dim / 16;
+  int32_t column = 0;
+  for (; column + kColumns <= columns; column += kColumns) {
+    Kv::template values<heads, kColumns, prefetch>(state, strip, column, head, weights);
+  }
+  for (; column < columns; ++column) {
+    Kv::template values<heads, 1, prefetch>(state, strip, column, head, weights);
+  }
+}
+
+template <typename Kv>
+void attend(HeadState& state, const Strip& strip) {
+  alignas(64) float scores[kMaxGroup][64];
+  typename Kv::Weights weights;
+  with_count<Kv::kHeads>(state.group,
+                         [&]<int32_t heads>() { attend_heads<Kv, heads, true>(state, strip, 0, scores, weights); });
+  for (int32_t head = Kv::kHeads; head < state.group; head += Kv::kHeads) {
+    with_count<Kv::kHeads>(state.group - head, [&]<int32_t heads>() {
+      attend_heads<Kv, heads, false>(state, strip, head, scores, weights);
+    });
+  }
+}
+
+}  // namespace
+
+StripKernel avx512bf16_strip(DType kv, DType activation) {
+  if (kv == DType::kBFloat16 && activation == DType::kBFloat16) {
+    return {Bf16::prepare, attend<Bf16>};
+  }
+  if (kv == DType::kInt8) {
+    return {Int8::prepare, attend<Int8>};
+  }
+  return {};
+}
+
+}  // namespace neo

@@ -1,0 +1,76 @@
+// Scores to weights, over a vector type `Vec` (vec_*.hpp). Included by one translation unit per instruction set; all of
+// it is internal to each.
+#pragma once
+
+#include <limits>
+
+#include "strip.hpp"
+
+namespace neo {
+namespace {
+
+template <typename Vec>
+inline Vec cap_scores(Vec x, float softcap) {  // cap * tanh(x / cap)
+  const Vec e = exp(x * Vec::all(2.0F / softcap));
+  return Vec::all(softcap) - Vec::all(2.0F * softcap) / (e + Vec::all(1.0F));
+}
+
+inline void mask_scores(float* row, const Strip& strip) {
+  for (int32_t t = 0; t < strip.begin; ++t) {
+    row[t] = -std::numeric_limits<float>::infinity();
+  }
+  for (int32_t t = strip.end; t < kStripTokens; ++t) {
+    row[t] = -std::numeric_limits<float>::infinity();
+  }
+}
+
+// Replaces one head's scores [64] by weights exp(score - top), and rescales what was summed before if `top` rose.
+template <typename Vec>
+inline void weigh_head(HeadState& state, const Strip& strip, int32_t g, float* row) {
+  constexpr int32_t kLanes = Vec::kLanes;
+  if (state.softcap > 0.0F) {
+    for (int32_t t = 0; t < kStripTokens; t += kLanes) {
+      cap_scores(Vec::load(row + t), state.softcap).store(row + t);
+    }
+  }
+  mask_scores(row, strip);
+  Vec highest = Vec::load(row);
+  for (int32_t t = kLanes; t < kStripTokens; t += kLanes) {
+    highest = max(highest, Vec::load(row + t));
+  }
+  if (any_greater(highest, Vec::all(state.top[g]))) {
+    const float top = highest.largest();
+    const float shrink = exp(Vec::all(state.top[g] - top)).first();
+    state.top[g] = top;
+    state.sum[g] *= shrink;
+    float* acc = state.acc + g * state.dim;
+    for (int32_t i = 0; i < state.dim; i += kLanes) {
+      (Vec::load(acc + i) * Vec::all(shrink)).store(acc + i);
+    }
+  }
+  Vec sum = Vec::all(0.0F);
+  const Vec top = Vec::all(state.top[g]);
+  for (int32_t t = 0; t < kStripTokens; t += kLanes) {
+    const Vec weight = exp(Vec::load(row + t) - top);
+    sum = sum + weight;
+    weight.store(row + t);
+  }
+  state.sum[g] += sum.total();
+}
+
+// Weights times the tokens' V scales; exactly 0 outside of [begin, end), whatever the scales there are.
+template <typename Vec>
+inline void scale_weights(const Strip& strip, float* row) {
+  for (int32_t t = 0; t < kStripTokens; t += Vec::kLanes) {
+    (Vec::load(row + t) * Vec::load(strip.tiles[t / 16].v_scale + t % 16)).store(row + t);
+  }
+  for (int32_t t = 0; t < strip.begin; ++t) {
+    row[t] = 0.0F;
+  }
+  for (int32_t t = strip.end; t < kStripTokens; ++t) {
+    row[t] = 0.0F;
+  }
+}
+
+}  // namespace
+}  // namespace neo

@@ -153,7 +153,7 @@ def config(model: str | Path, **changes: Any) -> GpuServiceConfig:
         "dtype": "float32",
         "offload": "never",
         "gpu_kv_blocks": 96,
-        "threads": 2,
+        "threads": 1,
         "max_running_requests": 64,
     }
     return GpuServiceConfig(**{**values, **changes})
@@ -163,8 +163,10 @@ def local_core(
     made: GpuServiceConfig, model: CausalLM, *, host_blocks: int = 0, **host: Any
 ) -> EngineCore:
     """A core around a loaded model, with a `LocalHostTier` of that size."""
+    # As `build_core` does. One thread: two that spin for each other starve on a busy machine.
+    torch.set_num_threads(made.threads)
     geometry = geometry_of(model.spec, made.block_tokens)
-    threads = ThreadPool(1)
+    threads = ThreadPool(made.threads)
     gpu = CpuDeviceKv(geometry, model.dtype, made.gpu_kv_blocks, threads)
     tier: HostTier = NullHostTier()
     if host_blocks:

@@ -1,0 +1,103 @@
+"""Settings: precedence, types, and errors that name the setting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cpu_service.config import CpuServiceConfig
+from gpu_service.config import GpuServiceConfig
+from neo_common.config import ConfigError, dump, field_docs, load
+from router.config import RouterConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    name: str = "default"
+    """A text."""
+    count: int = 1
+    """A number;
+    over two lines."""
+    share: float = 0.5
+    """A fraction of 100%."""
+    active: bool = False
+    """A switch."""
+    peers: tuple[str, ...] = ()
+    """A list."""
+
+    def validate(self) -> None:
+        if self.count > 10:
+            raise ValueError("count must be at most 10")
+
+
+def read(*argv: str, environment: dict[str, str] | None = None) -> Sample:
+    return load(Sample, argv, prog="sample", description="", environment=environment or {})
+
+
+def test_file_then_environment_then_flags(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: file\ncount: 2\nshare: 1\n")
+    environment = {"NEO_NAME": "environment", "NEO_COUNT": "3", "NEO_UNRELATED": "x"}
+    config = read("--config", str(file), "--name", "flag", environment=environment)
+    assert config == Sample(name="flag", count=3, share=1.0)
+
+
+def test_lists_and_switches() -> None:
+    config = read("--peers", "a:1, b:2", environment={"NEO_ACTIVE": "true"})
+    assert config == Sample(peers=("a:1", "b:2"), active=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cuont: 1", "did you mean count"),
+        ("zzz: 1", "known are"),
+        ("count: many", "count must be a whole number"),
+        ("count: 1.5", "count must be a whole number"),
+        ("count: true", "count must be a whole number"),
+        ("share: .nan", "share must be finite"),
+        ("active: maybe", "active must be true or false"),
+        ("name: [1]", "name must be text"),
+        ("peers: 3", "peers must be a list"),
+        ("count: 11", "count must be at most 10"),
+        ("[1, 2]", "must hold a mapping"),
+        ("a: b: c", "is not YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read("--config", str(file))
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        read("--config", "no/such/file")
+
+
+def test_print_config_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read("--peers", "a", "--print-config")
+    assert ended.value.code == 0
+    file = tmp_path / "c.yaml"
+    file.write_text(capsys.readouterr().out)
+    assert read("--config", str(file)) == Sample(peers=("a",))
+
+
+@pytest.mark.parametrize("config", [GpuServiceConfig, CpuServiceConfig, RouterConfig, Sample])
+def test_every_setting_is_documented_and_printable(config: type) -> None:
+    instance = config()
+    assert set(field_docs(config)) == set(instance.__dataclass_fields__)
+    assert dump(instance)
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = capsys.readouterr().out
+    assert "A number; over two lines." in text
+    assert "100%" in text
+    assert all(f"--{name}" in text for name in ("name", "count", "share", "active", "peers"))

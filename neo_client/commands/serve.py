@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
         addresses = ", ".join(f"{service.module} {service.address}" for service in services)
         print_line("neo", f"serving: {addresses}")
         print_line("neo", f'try: neo generate --address {plan.router.address} "Once upon a time"')
-        await stack.watch()
+        await asyncio.Event().wait()  # until a signal, or the end of a service
 
     return asyncio.run(with_stack(arguments, print_line, announce))
 

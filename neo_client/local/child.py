@@ -61,6 +61,8 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=MAX_LINE_BYTES,
+            # gRPC's own words at INFO (a GOAWAY at each stop) are not for people.
+            env={"GRPC_VERBOSITY": "ERROR", **os.environ},
             # Ctrl-C in the terminal reaches this process alone, which stops its children in order.
             start_new_session=True,
         )  # fmt: skip

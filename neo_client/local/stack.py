@@ -3,13 +3,14 @@
 start          cpu_service, gpu_service, router at once; each is ready by its own health check
 a death        cpu_service: started again with the same settings, after a pause that doubles
                (the gpu_service keeps its memory and its requests meanwhile);
-               another one, or a cpu_service that never served: all stop, and it is said why
+               another one, or a cpu_service that will not start: all stop, and it is said why
 stop           router, gpu_service, cpu_service, each with SIGTERM and its own drain
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ RESTART_SECONDS = 0.1
 MAX_RESTART_SECONDS = 5.0
 SETTLED_SECONDS = 30.0
 """A cpu_service that lived this long is restarted without a pause worth speaking of again."""
+MAX_FAILED_STARTS = 5
+"""In a row, after which a restarted cpu_service is given up."""
 STOP_MARGIN_SECONDS = 5.0
 """What a service may take beyond its drain grace before it is killed."""
 
@@ -51,7 +54,6 @@ class LocalStack:
         self, plan: StackPlan, say: Say, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.plan = plan
-        self.restarts = 0
         self._say = say
         self._clock = clock
         self._children: dict[str, Child] = {}
@@ -91,21 +93,22 @@ class LocalStack:
         raise ChildFailed(child.describe_end(await child.ended()))
 
     async def _keep_alive(self, service: Service) -> None:
-        pause = RESTART_SECONDS
+        pause, failed_starts = RESTART_SECONDS, 0
         while True:
             started = self._clock()
             child = self._children[service.module]
-            code = await child.ended()
-            if not child.ready:
-                raise ChildFailed(child.describe_end(code))
+            end = child.describe_end(await child.ended())
+            failed_starts = 0 if child.ready else failed_starts + 1
+            if failed_starts == MAX_FAILED_STARTS:
+                raise ChildFailed(end)
             if self._clock() - started > SETTLED_SECONDS:
                 pause = RESTART_SECONDS
-            self._say("neo", child.describe_end(code).partition(":\n")[0] + "; starting it again")
+            self._say("neo", end.partition(":\n")[0] + "; starting it again")
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_RESTART_SECONDS)
-            self.restarts += 1
-            await (await self._spawn(service)).wait_ready()
-            self._say("neo", f"{service.module} serves again")
+            with contextlib.suppress(ChildFailed):  # the next turn finds its end
+                await (await self._spawn(service)).wait_ready()
+                self._say("neo", f"{service.module} serves again")
 
     async def stop(self) -> bool:
         """In order, each with its drain; True when all ended by themselves."""

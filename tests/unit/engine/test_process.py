@@ -1,0 +1,178 @@
+"""The engine core as a process, behind the client that the front end uses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from gpu_service.engine.build import build_core
+from gpu_service.engine.client import EngineClient, EngineStartError
+from gpu_service.engine.messages import Abort, Failed, Output, Progress, Ready, Shutdown
+from tests.support.engine import config, greedy
+from tests.support.models import greedy_tokens, reference_model, tiny_model_dir
+from tests.support.offload import cpu_seconds
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("model") / "qwen3", "qwen3", head_dim=16)
+
+
+@pytest.fixture
+async def client(directory: Path) -> AsyncIterator[EngineClient]:
+    made = EngineClient(config(directory))
+    await made.start()
+    yield made
+    await made.stop(grace_seconds=5)
+
+
+def test_the_client_imports_no_torch() -> None:
+    code = "import sys, gpu_service.engine.client; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+async def test_start_says_what_it_does_and_what_it_offers(directory: Path) -> None:
+    heard: list[Progress] = []
+    made = EngineClient(config(directory, max_context_tokens=200))
+    try:
+        ready = await made.start(heard.append)
+        assert isinstance(ready, Ready)
+        assert ready.max_context_tokens == 200
+        assert (ready.gpu_blocks, ready.host_blocks, ready.block_tokens) == (96, 0, 16)
+        assert heard[-1].done_bytes == heard[-1].total_bytes > 0
+        assert made._directory is not None
+        assert made._directory.stat().st_mode & 0o777 == 0o700
+        place = made._directory
+    finally:
+        await made.stop()
+    assert not place.exists()
+
+
+async def test_tokens_come_out(client: EngineClient, directory: Path) -> None:
+    prompt = list(range(3, 40))
+    await client.send(greedy("a", prompt, 12))
+    await client.send(greedy("b", prompt, 500))
+    await client.send(Abort("b"))
+    tokens: list[int] = []
+    async for event in client:
+        assert isinstance(event, Output)
+        tokens += [t for d in event.deltas if d.request_id == "a" for t in d.token_ids]
+        if event.usages:
+            break
+    assert tokens == greedy_tokens(reference_model(directory), prompt, 12)
+
+
+async def test_an_idle_core_uses_no_cpu(client: EngineClient) -> None:
+    await client.send(greedy("a", [5, 6, 7], 3))
+    async for event in client:
+        if isinstance(event, Output) and event.usages:
+            break
+    assert client.pid is not None
+    await asyncio.sleep(0.2)
+    before = cpu_seconds(client.pid)
+    await asyncio.sleep(1.0)
+    assert cpu_seconds(client.pid) - before <= 0.02
+
+
+async def test_death_is_an_event(client: EngineClient) -> None:
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    events = [event async for event in client if not isinstance(event, Output)]
+    assert len(events) == 1
+    assert isinstance(events[0], Failed)
+    assert "signal 9" in events[0].message
+
+
+@pytest.mark.parametrize("how", ["shutdown", "sigterm"])
+async def test_live_requests_finish_before_the_core_ends(client: EngineClient, how: str) -> None:
+    await client.send(greedy("a", [5, 6, 7], 60))
+    async for event in client:
+        if isinstance(event, Output) and event.deltas:
+            break
+    if how == "shutdown":
+        await client.send(Shutdown())
+    else:
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGINT)  # for the front end, not for the core
+        os.kill(client.pid, signal.SIGTERM)
+    finished = False
+    async for event in client:
+        assert isinstance(event, Output)
+        finished = finished or bool(event.usages)
+    assert finished, "the stream ended before the request"
+
+
+async def test_the_core_dies_with_its_front_end(directory: Path) -> None:
+    code = """
+import asyncio, os, signal, sys
+import msgspec
+from gpu_service.config import GpuServiceConfig
+from gpu_service.engine.client import EngineClient
+async def main():
+    client = EngineClient(msgspec.json.decode(sys.argv[1], type=GpuServiceConfig))
+    await client.start()
+    print(client.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    argument = msgspec.json.encode(config(directory)).decode()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, argument, stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    pid, end = int(out), time.monotonic() + 5
+    while _lives(pid):
+        assert time.monotonic() < end, "the core outlives its front end"
+        await asyncio.sleep(0.02)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "/nowhere/model"}, "nowhere"),
+        ({"model": ""}, "model must be given"),
+        ({"device": "quantum"}, "device must be"),
+        ({"device": "cuda:7"}, "no CUDA device"),
+        ({"block_tokens": 8}, "block_tokens must be"),
+        ({"max_context_tokens": 100_000}, "max_context_tokens"),
+        ({"offload": "always"}, "cpu_services"),
+        ({"offload": "sometimes"}, "offload must be"),
+        ({"gpu_kv_blocks": 0, "gpu_kv_gib": 1e-7}, "gpu_kv_gib"),
+        ({"gpu_kv_blocks": 1 << 40}, "gpu_kv_blocks"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+        ({"dtype": "float8"}, "dtype"),
+    ],
+)
+def test_what_cannot_start_says_why_in_a_sentence(
+    directory: Path, changes: dict[str, object], sentence: str
+) -> None:
+    values = {"model": directory, **changes}
+    with pytest.raises(ValueError, match=sentence) as caught:
+        build_core(config(values.pop("model"), **values))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+async def test_the_client_raises_what_the_core_says_and_cleans_up() -> None:
+    made = EngineClient(config("/nowhere/model"))
+    with pytest.raises(EngineStartError, match="nowhere"):
+        await made.start()
+    assert made._directory is not None
+    assert not made._directory.exists()
+    assert made.pid is None or not _lives(made.pid)

@@ -18,6 +18,10 @@ import grpc.aio
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from neo_common.config import ENVIRONMENT_PREFIX
+
+KERNEL_ISA = "NEO_CPU_ISA"
+"""Forces the attention kernel's instruction set; not a setting of a service."""
 LAST_LINES = 15
 MAX_LINE_BYTES = 1 << 16
 
@@ -61,8 +65,7 @@ class Child:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=MAX_LINE_BYTES,
-            # gRPC's own words at INFO (a GOAWAY at each stop) are not for people.
-            env={"GRPC_VERBOSITY": "ERROR", **os.environ},
+            env=environment(),
             # Ctrl-C in the terminal reaches this process alone, which stops its children in order.
             start_new_session=True,
         )  # fmt: skip
@@ -129,6 +132,17 @@ class Child:
         """Now."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+
+
+def environment() -> dict[str, str]:
+    """Ours, less the settings in it: NEO_LISTEN cannot be meant for all three services."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ENVIRONMENT_PREFIX) or name == KERNEL_ISA
+    }
+    # gRPC's own words at INFO (a GOAWAY at each stop) are not for people.
+    return {"GRPC_VERBOSITY": "ERROR", **kept}
 
 
 async def until_serving(address: str) -> None:

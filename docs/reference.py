@@ -1,0 +1,67 @@
+"""Writes docs/configuration.md from the services' configuration classes.
+
+python docs/reference.py            write
+python docs/reference.py --check    exit 1 when the file is not current
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cpu_service.config import CpuServiceConfig  # noqa: E402
+from gpu_service.config import GpuServiceConfig  # noqa: E402
+from neo_common.config import ENVIRONMENT_PREFIX, field_docs  # noqa: E402
+from router.config import RouterConfig  # noqa: E402
+
+TARGET = Path(__file__).with_name("configuration.md")
+CLASSES = {
+    "gpu_service": GpuServiceConfig,
+    "cpu_service": CpuServiceConfig,
+    "router": RouterConfig,
+}
+HEAD = """# Configuration
+
+Written by `python docs/reference.py` from the configuration classes; do not edit.
+
+A setting comes from the YAML file given with `--config FILE`, then from the environment (`NEO_<NAME>` in capitals),
+then from a flag (`--name-with-dashes VALUE`); the last one wins. Lists are comma-separated in environment and flags.
+Unknown names are errors. `--print-config` prints the effective settings.
+"""
+
+
+def render() -> str:
+    parts = [HEAD]
+    for module, cls in CLASSES.items():
+        docs = field_docs(cls)
+        parts.append(
+            f"\n## python -m {module}\n\n| setting | default | meaning |\n| --- | --- | --- |"
+        )
+        for field in dataclasses.fields(cls):
+            assert docs.get(field.name), f"{cls.__name__}.{field.name} has no docstring"
+            default = field.default
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+            shown = shown.replace(tempfile.gettempdir(), "$TMPDIR")
+            parts.append(
+                f"| `{field.name}` | {f'`{shown}`' if shown else 'empty'} | {docs[field.name]} |"
+            )
+    return "\n".join(parts) + "\n"
+
+
+def main() -> int:
+    assert ENVIRONMENT_PREFIX == "NEO_", "HEAD names it"
+    if "--check" not in sys.argv[1:]:
+        TARGET.write_text(render())
+        return 0
+    if TARGET.exists() and TARGET.read_text() == render():
+        return 0
+    print("docs/configuration.md is not current; run python docs/reference.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

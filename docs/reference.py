@@ -13,10 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cpu_service.config import CpuServiceConfig  # noqa: E402
-from gpu_service.config import GpuServiceConfig  # noqa: E402
-from neo_common.config import ENVIRONMENT_PREFIX, field_docs  # noqa: E402
-from router.config import RouterConfig  # noqa: E402
+from cpu_service.config import CpuServiceConfig
+from gpu_service.config import GpuServiceConfig
+from neo_common.config import ENVIRONMENT_PREFIX, field_docs
+from router.config import RouterConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
 CLASSES = {
@@ -28,8 +28,9 @@ HEAD = """# Configuration
 
 Written by `python docs/reference.py` from the configuration classes; do not edit.
 
-A setting comes from the YAML file given with `--config FILE`, then from the environment (`NEO_<NAME>` in capitals),
-then from a flag (`--name-with-dashes VALUE`); the last one wins. Lists are comma-separated in environment and flags.
+A setting comes from the YAML file given with `--config FILE`, then from the environment
+(`NEO_<NAME>` in capitals), then from a flag (`--name-with-dashes VALUE`); the last one wins. Lists
+are comma-separated in environment and flags.
 Unknown names are errors. `--print-config` prints the effective settings.
 """
 

@@ -18,7 +18,8 @@ class DetokenizeStream:
 
     A token alone cannot be decoded: leading spaces and multi-byte characters depend on the tokens
     before it. So a window is decoded that begins before what is new, and what ends in U+FFFD, which
-    may be half a character, is held back.
+    may be half a character, is held back. (`tokenizers.decoders.DecodeStream` does likewise, but
+    never gives out a last half character, and raises on some byte-fallback sequences.)
 
         window   [ context: already given out | pending ]
     """

@@ -75,6 +75,11 @@ def test_rows_are_independent(directory: Path) -> None:
     for whole, part in zip((q, k, v), shuffled, strict=True):
         assert part.is_contiguous()
         torch.testing.assert_close(part, whole[order], rtol=1e-5, atol=1e-5)
+    state = model.post_projection(1, model.embed(ids), q)
+    some = model.logits(state, order[:7])
+    assert (some.dtype, some.shape) == (torch.float32, (7, models.VOCAB))
+    torch.testing.assert_close(some, model.logits(state)[order[:7]], rtol=1e-5, atol=1e-5)
+    assert model.logits(state, order[:0]).shape == (0, models.VOCAB)
 
 
 # Each mutant must break the fp32 test for the variant that exercises it.

@@ -16,7 +16,7 @@ from neo_common.errors import ErrorDetails, Reason, ServiceError
 from protos.neo.v1 import engine_pb2 as engine
 from protos.neo.v1 import inference_pb2 as inference
 from protos.neo.v1 import inference_pb2_grpc, router_pb2, router_pb2_grpc
-from router.app import Router, running
+from router.app import ROUTER_SERVICE, Router, running
 from router.config import RouterConfig
 from router.policy import BackendState
 from router.relay import EOF
@@ -417,3 +417,15 @@ def test_states_of_engines_are_all_handled() -> None:
     assert set(engine.EngineState.keys()) == {
         f"ENGINE_STATE_{name}" for name in ("UNSPECIFIED", "STARTING", "SERVING", "DRAINING")
     }
+
+
+@pytest.mark.parametrize("method", [m.name for m in ROUTER_SERVICE.methods])
+async def test_malformed_requests(method: str) -> None:
+    """The router's own methods; those that it relays are the backends' to judge."""
+    async with fake_backends(1) as (a,), front([a]) as ready:
+        channel: Any = ready.channel
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            call = channel.unary_stream(f"/{ROUTER_SERVICE.full_name}/{method}")(b"\xff")
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert details(caught).reason == "INVALID_ARGUMENT"

@@ -54,7 +54,7 @@ struct Bf16 {
       for (int32_t t = 0; t < kStripTiles; ++t) {
         k[t] = _mm512_loadu_si512(strip.tiles[t].k + i * kLine);
         if constexpr (prefetch) {
-          __builtin_prefetch(strip.next[t].k + i * kLine, 0, 3);
+          __builtin_prefetch(strip.next[t].k + i * kLine, 0, 2);
         }
       }
       for (int32_t h = 0; h < heads; ++h) {
@@ -88,7 +88,7 @@ struct Bf16 {
         for (int32_t c = 0; c < columns; ++c) {
           v[c] = _mm512_loadu_si512(strip.tiles[t].v + offset + c * kLine);
           if constexpr (prefetch) {
-            __builtin_prefetch(strip.next[t].v + offset + c * kLine, 0, 3);
+            __builtin_prefetch(strip.next[t].v + offset + c * kLine, 0, 2);
           }
         }
         for (int32_t h = 0; h < heads; ++h) {
@@ -180,7 +180,7 @@ struct Int8 {
       for (int32_t t = 0; t < kStripTiles; ++t) {
         k[t] = _mm512_xor_si512(_mm512_loadu_si512(strip.tiles[t].k + i * kLine), flip);
         if constexpr (prefetch) {
-          __builtin_prefetch(strip.next[t].k + i * kLine, 0, 3);
+          __builtin_prefetch(strip.next[t].k + i * kLine, 0, 2);
         }
       }
       for (int32_t h = 0; h < heads; ++h) {
@@ -248,7 +248,7 @@ struct Int8 {
         for (int32_t c = 0; c < columns; ++c) {
           v[c] = _mm512_loadu_si512(strip.tiles[t].v + offset + c * kLine);
           if constexpr (prefetch) {
-            __builtin_prefetch(strip.next[t].v + offset + c * kLine, 0, 3);
+            __builtin_prefetch(strip.next[t].v + offset + c * kLine, 0, 2);
           }
         }
         for (int32_t h = 0; h < heads; ++h) {

@@ -33,7 +33,7 @@ struct FmaStrip {
       for (int32_t t = 0; t < kTiles; ++t) {
         const std::byte* row = strip.tiles[first + t].k + i * kRowBytes;
         if constexpr (kPrefetch) {
-          __builtin_prefetch(strip.next[first + t].k + i * kRowBytes, 0, 3);
+          __builtin_prefetch(strip.next[first + t].k + i * kRowBytes, 0, 2);
         }
         for (int32_t part = 0; part < kParts; ++part) {
           each_packed<kPacked>([&]<int32_t j>() {
@@ -73,7 +73,7 @@ struct FmaStrip {
         for (int32_t c = 0; c < kColumns; ++c) {
           const std::byte* row = strip.tiles[t].v + offset + c * kRowBytes;
           if constexpr (kPrefetch) {
-            __builtin_prefetch(strip.next[t].v + offset + c * kRowBytes, 0, 3);
+            __builtin_prefetch(strip.next[t].v + offset + c * kRowBytes, 0, 2);
           }
           for (int32_t part = 0; part < kParts; ++part) {
             each_packed<kPacked>([&]<int32_t j>() {

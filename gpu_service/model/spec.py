@@ -25,9 +25,7 @@ def resolve_model(model: str | Path) -> Path:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return files[0]
-        raise ValueError(
-            f"model: {path} has neither config.json nor a single .gguf file"
-        )
+        raise ValueError(f"model: {path} has neither config.json nor a single .gguf file")
     if not path.is_file():
         raise ValueError(f"model: {path} does not exist")
     if path.name == "config.json":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -103,13 +105,14 @@ class SafetensorsSource:
         self._local = threading.local()
         self._shard_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for shard, expected in _shards(directory).items():
-            self._scan(shard, expected)
+        for shard, promised in _shards(directory).items():
+            self._scan(shard, promised)
 
-    def _scan(self, shard: Path, expected: set[str] | None) -> None:
-        with self._errors(shard), safe_open(shard, framework="pt") as file:
+    def _scan(self, shard: Path, promised: set[str]) -> None:
+        with _one_sentence(shard), safe_open(shard, framework="pt") as file:
             names = set(file.keys())
-            for name in sorted((expected or set()) - names):
+            if missing := promised - names:
+                name = min(missing)
                 raise ValueError(f"{shard} lacks the tensor {name}, which the index promises")
             for name in names:
                 piece = file.get_slice(name)
@@ -128,45 +131,35 @@ class SafetensorsSource:
         shard = self._shard_of[name]
         # One handle a thread and shard: opening again for each tensor would parse the header again.
         handles = self._local.__dict__
-        with self._errors(shard):
+        with _one_sentence(shard):
             if str(shard) not in handles:
                 handles[str(shard)] = safe_open(shard, framework="pt")
             tensor: torch.Tensor = handles[str(shard)].get_tensor(name)
         return tensor
 
-    def _errors(self, shard: Path) -> _ShardErrors:
-        return _ShardErrors(shard)
+
+@contextmanager
+def _one_sentence(shard: Path) -> Iterator[None]:
+    """Turns what safetensors raises into a ValueError."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{shard} is missing, damaged or truncated: {error}") from error
 
 
-class _ShardErrors:
-    """Turns what safetensors raises into one sentence."""
-
-    def __init__(self, shard: Path) -> None:
-        self._shard = shard
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SafetensorError | OSError):
-            raise ValueError(f"{self._shard} is missing, damaged or truncated: {error}") from error
-
-
-def _shards(directory: Path) -> dict[Path, set[str] | None]:
-    """Shard files with the tensors that the index promises in each (None: no index)."""
+def _shards(directory: Path) -> dict[Path, set[str]]:
+    """Shard files with the tensors that the index promises in each (without an index, none)."""
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         single = directory / "model.safetensors"
         if single.is_file():
-            return {single: None}
+            return {single: set()}
         raise ValueError(f"{directory} has no model.safetensors (nor an index of shards)")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards: dict[Path, set[str] | None] = {}
+        shards: dict[Path, set[str]] = {}
         for name, file in weight_map.items():
-            promised = shards.setdefault(directory / file, set())
-            assert promised is not None
-            promised.add(name)
+            shards.setdefault(directory / file, set()).add(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: it has no usable weight_map") from error
     for shard in shards:

@@ -10,10 +10,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
+from gpu_service.engine.messages import Submit, TokenLogprob
 from gpu_service.model.model import CausalLM, load_model
 from tests.support.engine import config, greedy, local_core, real_core, run
-from tests.support.models import VARIANTS, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.models import FAMILIES, VARIANTS, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.numerics import check_teacher_forced
 from tests.support.offload import TRANSPORTS, cpu_service
 from tests.support.stack import Service
 
@@ -50,7 +53,7 @@ def loaded(directory: Path) -> CausalLM:
     return load_model(directory, dtype="float32")
 
 
-def requests() -> list[object]:
+def requests() -> list[Submit]:
     return [greedy(f"r{i}", prompt, OUTPUT) for i, prompt in enumerate(prompts())]
 
 
@@ -74,7 +77,7 @@ def test_tokens_are_those_of_transformers(
     made = config(directory, cpu_services=("local",), **HOW[how])
     host_blocks = 0 if made.offload == "never" else 64
     core = local_core(made, loaded(directory), host_blocks=host_blocks)
-    answers = run(core, requests())  # type: ignore[arg-type]
+    answers = run(core, requests())
     for i, tokens in enumerate(expected(directory)):
         assert answers.tokens[f"r{i}", 0] == tokens, f"prompt of {LENGTHS[i]} tokens"
     usages = answers.usages.values()
@@ -102,7 +105,32 @@ def test_both_transports_give_the_same_tokens(
         **HOW[how],
     )
     with real_core(made) as core:
-        answers = run(core, requests())  # type: ignore[arg-type]
+        answers = run(core, requests())
     for i, tokens in enumerate(expected(directory)):
         assert answers.tokens[f"r{i}", 0] == tokens
     assert sum(u.host_tokens for u in answers.usages.values()) > 0
+
+
+@pytest.mark.parametrize("how", ["never", "always-chunked", "forced-1"])
+@pytest.mark.parametrize("variant", FAMILIES)
+def test_bf16_stays_within_the_calibrated_bound(
+    directories: dict[str, Path], variant: str, how: str
+) -> None:
+    directory = directories[variant]
+    made = config(directory, cpu_services=("local",), dtype="bfloat16", **HOW[how])
+    model = load_model(directory, dtype="bfloat16")
+    core = local_core(made, model, host_blocks=0 if how == "never" else 64)
+    answers = run(core, [greedy(f"r{i}", p, OUTPUT, logprobs=0) for i, p in enumerate(prompts())])
+    keys = [(f"r{i}", 0) for i in range(len(LENGTHS))]
+    said = [answers.tokens[key] for key in keys]
+    listed = [answers.logprobs[key] for key in keys]
+    references = reference_model(directory), reference_model(directory, torch.bfloat16)
+    check_teacher_forced(*references, prompts(), said, listed)
+    if how == "never":  # the check itself can fail
+        shifted = [[_shifted(entry) for entry in row] for row in listed]
+        with pytest.raises(AssertionError):
+            check_teacher_forced(*references, prompts(), said, shifted)
+
+
+def _shifted(entry: TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(entry.token_id, entry.logprob - 1.0, entry.rank, entry.top)

@@ -16,6 +16,7 @@ from neo_client.options import (
     Scheduling,
     chat_of,
     generate_request,
+    is_chat,
 )
 from protos.neo.v1 import inference_pb2 as inference
 from protos.neo.v1 import inference_pb2_grpc
@@ -137,7 +138,7 @@ def tokenize_request(
     if isinstance(prompt, str):
         request.text = prompt
         return request
-    if any(isinstance(part, int) for part in prompt):
+    if not is_chat(prompt):
         raise ValueError("prompt must be text or chat messages")
-    request.chat.CopyFrom(chat_of([dict(m) for m in prompt if not isinstance(m, int)]))
+    request.chat.CopyFrom(chat_of(prompt))
     return request

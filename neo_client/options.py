@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import TypeGuard
 
 from protos.neo.v1 import inference_pb2 as inference
 from protos.neo.v1 import types_pb2 as types
@@ -54,11 +55,11 @@ class Sampling:
             try:
                 if isinstance(value, Mapping):
                     getattr(message, each.name).update(value)
-                elif isinstance(value, Sequence):
+                elif isinstance(value, Sequence) and not isinstance(value, str):
                     getattr(message, each.name).extend(value)
                 else:
                     setattr(message, each.name, value)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{each.name} cannot be {value!r}: {error}") from None
         return message
 
@@ -82,6 +83,16 @@ class Scheduling:
             ttft_ms=self.ttft_ms,
             tpot_ms=self.tpot_ms,
         )
+
+
+def is_chat(prompt: Prompt) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    """Whether it is chat messages. Raises ValueError for an empty one, and for a mixture."""
+    if not prompt:
+        raise ValueError("prompt must not be empty")
+    kinds = {isinstance(part, Mapping) for part in prompt}
+    if len(kinds) > 1:
+        raise ValueError("prompt must be text, token ids or chat messages, not a mixture")
+    return True in kinds
 
 
 def chat_of(messages: Sequence[Mapping[str, str]]) -> types.Chat:
@@ -115,10 +126,13 @@ def generate_request(
     )
     if isinstance(prompt, str):
         request.text = prompt
-    elif prompt and isinstance(prompt[0], Mapping):
-        request.chat.CopyFrom(chat_of([dict(m) for m in prompt if isinstance(m, Mapping)]))
+    elif is_chat(prompt):
+        request.chat.CopyFrom(chat_of(prompt))
     else:
-        request.token_ids.ids.extend(t for t in prompt if isinstance(t, int))
+        try:
+            request.token_ids.ids.extend(prompt)  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"prompt must be token ids of 32 bits: {error}") from None
     return request
 
 

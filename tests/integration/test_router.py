@@ -424,8 +424,8 @@ async def test_malformed_requests(method: str) -> None:
     """The router's own methods; those that it relays are the backends' to judge."""
     async with fake_backends(1) as (a,), front([a]) as ready:
         channel: Any = ready.channel
+        call = channel.unary_stream(f"/{ROUTER_SERVICE.full_name}/{method}")(b"\xff")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            call = channel.unary_stream(f"/{ROUTER_SERVICE.full_name}/{method}")(b"\xff")
             await call.read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert details(caught).reason == "INVALID_ARGUMENT"

@@ -15,14 +15,18 @@ CPU = "tests/integration/test_offload_protocol.py"
 ROUTER = "tests/integration/test_router.py"
 
 TESTS: dict[str, tuple[str, str]] = {
-    "InferenceService.Generate": (f"{GPU}::test_generate", f"{GPU}::test_refused_requests_hurt_nobody"),
+    "InferenceService.Generate": (
+        f"{GPU}::test_generate", f"{GPU}::test_refused_requests_hurt_nobody",
+    ),
     "InferenceService.GenerateStream": (
         f"{GPU}::test_stream_equals_unary", f"{GPU}::test_engine_core_death",
     ),
     "InferenceService.Abort": (
         f"{GPU}::test_abort_ends_the_stream", f"{GPU}::test_every_other_rpc_refuses_bad_input",
     ),
-    "InferenceService.ListModels": (f"{GPU}::test_models_and_tokens", f"{GPU}::test_malformed_bytes"),
+    "InferenceService.ListModels": (
+        f"{GPU}::test_models_and_tokens", f"{GPU}::test_malformed_bytes",
+    ),
     "InferenceService.GetModel": (
         f"{GPU}::test_models_and_tokens", f"{GPU}::test_every_other_rpc_refuses_bad_input",
     ),

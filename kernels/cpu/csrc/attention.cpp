@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -144,7 +145,7 @@ void start(const Call& call, HeadState& state, std::size_t first_head) {
   });
   std::fill_n(state.acc, count, 0.0F);
   std::fill_n(state.top, state.group, kNoScore);
-  std::fill_n(state.sum, state.group, 0.0F);
+  std::fill_n(state.sum[0], state.group * 16, 0.0F);
   if (call.kernel.prepare != nullptr) {
     call.kernel.prepare(state);
   }
@@ -193,14 +194,14 @@ void keep(const Call& call, const ChunkPlan& chunk, const HeadState& state, int3
   for (int32_t g = 0; g < state.group; ++g) {
     const int32_t query_head = head * state.group + g;
     const float* acc = state.acc + g * state.dim;
+    const float sum = std::accumulate(state.sum[g], state.sum[g] + 16, 0.0F);
     if (chunk.partial < 0) {
-      finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, acc, state.top[g],
-             state.sum[g]);
+      finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, acc, state.top[g], sum);
       continue;
     }
     const std::size_t at = static_cast<std::size_t>(chunk.partial + chunk.index) * call.params.query_heads + query_head;
     call.stats[2 * at] = state.top[g];
-    call.stats[2 * at + 1] = state.sum[g];
+    call.stats[2 * at + 1] = sum;
     std::copy_n(acc, state.dim, call.accs + at * state.dim);
   }
 }

@@ -42,7 +42,13 @@ struct HeadState {
   float q_scale[kMaxGroup];
   int32_t q_sum[kMaxGroup][2];
   float top[kMaxGroup];
-  float sum[kMaxGroup];
+  alignas(64) float sum[kMaxGroup][16];  // partial sums of weights, added up at the end only
+};
+
+// Which of the strip's tiles one pass over heads prefetches the successors of; the passes share them out, so that
+// memory is never idle. For the other tiles it gives the tile itself, whose lines are at hand.
+struct Ahead {
+  Tile tiles[kStripTiles];
 };
 
 struct StripKernel {

@@ -16,11 +16,6 @@ struct Vec256 {
   static Vec256 load(const float* from) { return {_mm256_loadu_ps(from)}; }
   void store(float* to) const { _mm256_storeu_ps(to, x); }
   float first() const { return _mm256_cvtss_f32(x); }
-  float total() const {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
   float largest() const {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));

@@ -40,8 +40,8 @@ struct Bf16 {
     }
   }
 
-  template <int32_t heads, bool prefetch>
-  static void scores(const HeadState& state, const Strip& strip, int32_t head, float (*out)[64]) {
+  template <int32_t heads>
+  static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
     __m512 acc[heads][kStripTiles];
     for (auto& row : acc) {
       for (__m512& x : row) {
@@ -53,9 +53,7 @@ struct Bf16 {
       __m512i k[kStripTiles];
       for (int32_t t = 0; t < kStripTiles; ++t) {
         k[t] = _mm512_loadu_si512(strip.tiles[t].k + i * kLine);
-        if constexpr (prefetch) {
-          __builtin_prefetch(strip.next[t].k + i * kLine, 0, 2);
-        }
+        __builtin_prefetch(ahead.tiles[t].k + i * kLine, 0, 2);
       }
       for (int32_t h = 0; h < heads; ++h) {
         const __m512i pair = _mm512_set1_epi32(word(q + h * state.dim * 2 + i * 4));
@@ -71,8 +69,8 @@ struct Bf16 {
     }
   }
 
-  template <int32_t heads, int32_t columns, bool prefetch>
-  static void values(HeadState& state, const Strip& strip, int32_t column, int32_t head,
+  template <int32_t heads, int32_t columns>
+  static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
                      const uint16_t (*weights)[64]) {
     __m512 acc[heads][columns];
     for (int32_t h = 0; h < heads; ++h) {
@@ -87,9 +85,7 @@ struct Bf16 {
         __m512i v[columns];
         for (int32_t c = 0; c < columns; ++c) {
           v[c] = _mm512_loadu_si512(strip.tiles[t].v + offset + c * kLine);
-          if constexpr (prefetch) {
-            __builtin_prefetch(strip.next[t].v + offset + c * kLine, 0, 2);
-          }
+          __builtin_prefetch(ahead.tiles[t].v + offset + c * kLine, 0, 2);
         }
         for (int32_t h = 0; h < heads; ++h) {
           const __m512i pair = _mm512_set1_epi32(word(weights[head + h] + t * 16 + i * 2));
@@ -108,6 +104,7 @@ struct Bf16 {
 
   struct Weights {
     alignas(64) uint16_t bits[kMaxGroup][64];
+    void start(const Strip&) {}
   };
 
   static void weigh(HeadState& state, const Strip& strip, int32_t h, float* row, Weights& weights) {
@@ -118,9 +115,10 @@ struct Bf16 {
     }
   }
 
-  template <int32_t heads, int32_t columns, bool prefetch>
-  static void values(HeadState& state, const Strip& strip, int32_t column, int32_t head, const Weights& weights) {
-    values<heads, columns, prefetch>(state, strip, column, head, weights.bits);
+  template <int32_t heads, int32_t columns>
+  static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
+                     const Weights& weights) {
+    values<heads, columns>(state, strip, ahead, column, head, weights.bits);
   }
 };
 
@@ -163,8 +161,8 @@ struct Int8 {
     }
   }
 
-  template <int32_t heads, bool prefetch>
-  static void scores(const HeadState& state, const Strip& strip, int32_t head, float (*out)[64]) {
+  template <int32_t heads>
+  static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
     __m512i high[heads][kStripTiles];
     __m512i low[heads][kStripTiles];
     for (int32_t h = 0; h < heads; ++h) {
@@ -179,9 +177,7 @@ struct Int8 {
       __m512i k[kStripTiles];
       for (int32_t t = 0; t < kStripTiles; ++t) {
         k[t] = _mm512_xor_si512(_mm512_loadu_si512(strip.tiles[t].k + i * kLine), flip);
-        if constexpr (prefetch) {
-          __builtin_prefetch(strip.next[t].k + i * kLine, 0, 2);
-        }
+        __builtin_prefetch(ahead.tiles[t].k + i * kLine, 0, 2);
       }
       for (int32_t h = 0; h < heads; ++h) {
         const std::byte* bytes = q + h * state.dim * 2 + i * 4;
@@ -203,35 +199,43 @@ struct Int8 {
     }
   }
 
-  // weight = unit * (256 high + low), both unsigned.
+  // weight * V scale = unit * (256 high + low), both unsigned. No weight exceeds 1, so the largest V scale sets the
+  // unit.
   struct Weights {
     alignas(64) uint8_t high[kMaxGroup][64];
     alignas(64) uint8_t low[kMaxGroup][64];
-    float unit[kMaxGroup];
+    alignas(64) float factor[64];
+    float unit;
+
+    void start(const Strip& strip) {
+      load_v_scales(strip, factor);
+      float largest = 0.0F;
+      float poison = 0.0F;
+      for (const float scale : factor) {
+        largest = scale > largest ? scale : largest;
+        poison += scale * 0.0F;
+      }
+      const float inverse = largest > 0.0F ? 65280.0F / largest : 0.0F;
+      for (float& scale : factor) {
+        scale *= inverse;
+      }
+      unit = largest / 65280.0F + poison;  // a NaN scale has to show
+    }
   };
 
   static void weigh(HeadState& state, const Strip& strip, int32_t h, float* row, Weights& weights) {
     weigh_head<Vec512>(state, strip, h, row);
-    scale_weights<Vec512>(strip, row);
-    __m512 largest = _mm512_load_ps(row);
-    __m512 total = largest;
-    for (int32_t t = 16; t < kStripTokens; t += 16) {
-      largest = _mm512_max_ps(largest, _mm512_load_ps(row + t));
-      total = _mm512_add_ps(total, _mm512_load_ps(row + t));
-    }
-    const float bound = _mm512_reduce_max_ps(largest);
-    const float sum = _mm512_reduce_add_ps(total);
-    const __m512 inverse = _mm512_set1_ps(bound > 0.0F ? 65280.0F / bound : 0.0F);
     for (int32_t t = 0; t < kStripTokens; t += 16) {
-      const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(row + t), inverse));
+      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(row + t), _mm512_load_ps(weights.factor + t));
+      const __m512i x = _mm512_cvtps_epi32(scaled);
       _mm_store_si128(reinterpret_cast<__m128i*>(weights.high[h] + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
       _mm_store_si128(reinterpret_cast<__m128i*>(weights.low[h] + t), _mm512_cvtepi32_epi8(x));
     }
-    weights.unit[h] = bound / 65280.0F + (sum - sum);  // NaN if any weight is
   }
 
-  template <int32_t heads, int32_t columns, bool prefetch>
-  static void values(HeadState& state, const Strip& strip, int32_t column, int32_t head, const Weights& weights) {
+  template <int32_t heads, int32_t columns>
+  static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
+                     const Weights& weights) {
     __m512i high[heads][columns];
     __m512i low[heads][columns];
     for (int32_t h = 0; h < heads; ++h) {
@@ -247,9 +251,7 @@ struct Int8 {
         __m512i v[columns];
         for (int32_t c = 0; c < columns; ++c) {
           v[c] = _mm512_loadu_si512(strip.tiles[t].v + offset + c * kLine);
-          if constexpr (prefetch) {
-            __builtin_prefetch(strip.next[t].v + offset + c * kLine, 0, 2);
-          }
+          __builtin_prefetch(ahead.tiles[t].v + offset + c * kLine, 0, 2);
         }
         for (int32_t h = 0; h < heads; ++h) {
           const __m512i w_high = _mm512_set1_epi32(word(weights.high[head + h] + t * 16 + i * 4));
@@ -261,8 +263,8 @@ struct Int8 {
         }
       }
     }
+    const __m512 unit = _mm512_set1_ps(weights.unit);
     for (int32_t h = 0; h < heads; ++h) {
-      const __m512 unit = _mm512_set1_ps(weights.unit[head + h]);
       for (int32_t c = 0; c < columns; ++c) {
         float* acc = state.acc + (head + h) * state.dim + (column + c) * 16;
         const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[h][c], 8), low[h][c]);
@@ -274,21 +276,22 @@ struct Int8 {
 
 // ---- either
 
-template <typename Kv, int32_t heads, bool prefetch>
+template <typename Kv, int32_t heads>
 inline void attend_heads(HeadState& state, const Strip& strip, int32_t head, float (*scores)[64],
                          typename Kv::Weights& weights) {
   constexpr int32_t kColumns = 4;
-  Kv::template scores<heads, prefetch>(state, strip, head, scores);
+  const Ahead ahead = ahead_of(strip, head / Kv::kHeads, (state.group + Kv::kHeads - 1) / Kv::kHeads);
+  Kv::template scores<heads>(state, strip, ahead, head, scores);
   for (int32_t h = head; h < head + heads; ++h) {
     Kv::weigh(state, strip, h, scores[h], weights);
   }
   const int32_t columns = state.dim / 16;
   int32_t column = 0;
   for (; column + kColumns <= columns; column += kColumns) {
-    Kv::template values<heads, kColumns, prefetch>(state, strip, column, head, weights);
+    Kv::template values<heads, kColumns>(state, strip, ahead, column, head, weights);
   }
   for (; column < columns; ++column) {
-    Kv::template values<heads, 1, prefetch>(state, strip, column, head, weights);
+    Kv::template values<heads, 1>(state, strip, ahead, column, head, weights);
   }
 }
 
@@ -296,12 +299,10 @@ template <typename Kv>
 void attend(HeadState& state, const Strip& strip) {
   alignas(64) float scores[kMaxGroup][64];
   typename Kv::Weights weights;
-  with_count<Kv::kHeads>(state.group,
-                         [&]<int32_t heads>() { attend_heads<Kv, heads, true>(state, strip, 0, scores, weights); });
-  for (int32_t head = Kv::kHeads; head < state.group; head += Kv::kHeads) {
-    with_count<Kv::kHeads>(state.group - head, [&]<int32_t heads>() {
-      attend_heads<Kv, heads, false>(state, strip, head, scores, weights);
-    });
+  weights.start(strip);
+  for (int32_t head = 0; head < state.group; head += Kv::kHeads) {
+    with_count<Kv::kHeads>(state.group - head,
+                           [&]<int32_t heads>() { attend_heads<Kv, heads>(state, strip, head, scores, weights); });
   }
 }
 

@@ -16,12 +16,14 @@ template <typename Vec, DType kv>
 struct FmaStrip {
   using Wide = typename Vec::template Wide<kv>;
   static constexpr int32_t kLanes = Vec::kLanes;
+  static constexpr int32_t kMostHeads = 4;        // at once
   static constexpr int32_t kParts = 16 / kLanes;  // registers to a tile's width
   static constexpr int32_t kPacked = Wide::kPacked;
   static constexpr int32_t kRowBytes = 16 * kPacked * Wide::kBytes;
 
-  template <int32_t kHeads, int32_t kTiles, bool kPrefetch>
-  static void scores(const HeadState& state, const Strip& strip, int32_t first, int32_t head, float (*out)[64]) {
+  template <int32_t kHeads, int32_t kTiles>
+  static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t first, int32_t head,
+                     float (*out)[64]) {
     Vec acc[kHeads][kTiles * kParts];
     for (auto& row : acc) {
       for (Vec& x : row) {
@@ -32,9 +34,7 @@ struct FmaStrip {
     for (int32_t i = 0; i < state.dim / kPacked; ++i) {
       for (int32_t t = 0; t < kTiles; ++t) {
         const std::byte* row = strip.tiles[first + t].k + i * kRowBytes;
-        if constexpr (kPrefetch) {
-          __builtin_prefetch(strip.next[first + t].k + i * kRowBytes, 0, 2);
-        }
+        __builtin_prefetch(ahead.tiles[first + t].k + i * kRowBytes, 0, 2);
         for (int32_t part = 0; part < kParts; ++part) {
           each_packed<kPacked>([&]<int32_t j>() {
             const Vec x = Wide::template get<j>(row, part * kLanes);
@@ -58,8 +58,9 @@ struct FmaStrip {
     }
   }
 
-  template <int32_t kHeads, int32_t kColumns, bool kPrefetch>
-  static void values(HeadState& state, const Strip& strip, int32_t column, int32_t head, const float (*weights)[64]) {
+  template <int32_t kHeads, int32_t kColumns>
+  static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
+                     const float (*weights)[64]) {
     Vec acc[kHeads][kColumns * kParts];
     for (int32_t h = 0; h < kHeads; ++h) {
       for (int32_t c = 0; c < kColumns * kParts; ++c) {
@@ -72,9 +73,7 @@ struct FmaStrip {
         const float* weight = weights[head] + t * 16 + i * kPacked;
         for (int32_t c = 0; c < kColumns; ++c) {
           const std::byte* row = strip.tiles[t].v + offset + c * kRowBytes;
-          if constexpr (kPrefetch) {
-            __builtin_prefetch(strip.next[t].v + offset + c * kRowBytes, 0, 2);
-          }
+          __builtin_prefetch(ahead.tiles[t].v + offset + c * kRowBytes, 0, 2);
           for (int32_t part = 0; part < kParts; ++part) {
             each_packed<kPacked>([&]<int32_t j>() {
               const Vec x = Wide::template get<j>(row, part * kLanes);
@@ -94,38 +93,45 @@ struct FmaStrip {
     }
   }
 
-  template <int32_t kHeads, bool kPrefetch>
-  static void all_values(HeadState& state, const Strip& strip, int32_t head, const float (*weights)[64]) {
+  template <int32_t kHeads>
+  static void all_values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head,
+                         const float (*weights)[64]) {
     const int32_t columns = state.dim / 16;
     int32_t column = 0;
     for (; column + Vec::kColumns <= columns; column += Vec::kColumns) {
-      values<kHeads, Vec::kColumns, kPrefetch>(state, strip, column, head, weights);
+      values<kHeads, Vec::kColumns>(state, strip, ahead, column, head, weights);
     }
     for (; column < columns; ++column) {
-      values<kHeads, 1, kPrefetch>(state, strip, column, head, weights);
+      values<kHeads, 1>(state, strip, ahead, column, head, weights);
     }
   }
 
-  template <int32_t kHeads, bool kPrefetch>
-  static void heads(HeadState& state, const Strip& strip, int32_t head, float (*scratch)[64]) {
+  template <int32_t kHeads>
+  static void heads(HeadState& state, const Strip& strip, int32_t head, float (*scratch)[64], const float* v_scales) {
+    const Ahead ahead = ahead_of(strip, head / kMostHeads, (state.group + kMostHeads - 1) / kMostHeads);
     for (int32_t tile = 0; tile < kStripTiles; tile += Vec::kTiles) {
-      scores<kHeads, Vec::kTiles, kPrefetch>(state, strip, tile, head, scratch);
+      scores<kHeads, Vec::kTiles>(state, strip, ahead, tile, head, scratch);
     }
     for (int32_t h = head; h < head + kHeads; ++h) {
       weigh_head<Vec>(state, strip, h, scratch[h]);
       if constexpr (kv == DType::kInt8) {
-        scale_weights<Vec>(strip, scratch[h]);
+        for (int32_t t = 0; t < kStripTokens; t += kLanes) {
+          (Vec::load(scratch[h] + t) * Vec::load(v_scales + t)).store(scratch[h] + t);
+        }
       }
     }
-    all_values<kHeads, kPrefetch>(state, strip, head, scratch);
+    all_values<kHeads>(state, strip, ahead, head, scratch);
   }
 
   static void attend(HeadState& state, const Strip& strip) {
     alignas(64) float scratch[kMaxGroup][64];
-    int32_t head = 0;
-    with_count<4>(state.group, [&]<int32_t kHeads>() { heads<kHeads, true>(state, strip, 0, scratch); });
-    for (head = 4; head < state.group; head += 4) {
-      with_count<4>(state.group - head, [&]<int32_t kHeads>() { heads<kHeads, false>(state, strip, head, scratch); });
+    alignas(64) float v_scales[64];
+    if constexpr (kv == DType::kInt8) {
+      load_v_scales(strip, v_scales);
+    }
+    for (int32_t head = 0; head < state.group; head += kMostHeads) {
+      with_count<kMostHeads>(state.group - head,
+                             [&]<int32_t kHeads>() { heads<kHeads>(state, strip, head, scratch, v_scales); });
     }
   }
 

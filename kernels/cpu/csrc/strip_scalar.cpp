@@ -20,7 +20,6 @@ struct Vec1 {
   static Vec1 load(const float* from) { return {*from}; }
   void store(float* to) const { *to = x; }
   float first() const { return x; }
-  float total() const { return x; }
   float largest() const { return x; }
 
   template <DType kv>

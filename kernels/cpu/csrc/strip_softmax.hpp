@@ -9,6 +9,14 @@
 namespace neo {
 namespace {
 
+inline Ahead ahead_of(const Strip& strip, int32_t pass, int32_t passes) {
+  Ahead ahead;
+  for (int32_t t = 0; t < kStripTiles; ++t) {
+    ahead.tiles[t] = t % passes == pass ? strip.next[t] : strip.tiles[t];
+  }
+  return ahead;
+}
+
 template <typename Vec>
 inline Vec cap_scores(Vec x, float softcap) {  // cap * tanh(x / cap)
   const Vec e = exp(x * Vec::all(2.0F / softcap));
@@ -42,33 +50,26 @@ inline void weigh_head(HeadState& state, const Strip& strip, int32_t g, float* r
     const float top = highest.largest();
     const float shrink = exp(Vec::all(state.top[g] - top)).first();
     state.top[g] = top;
-    state.sum[g] *= shrink;
+    (Vec::load(state.sum[g]) * Vec::all(shrink)).store(state.sum[g]);
     float* acc = state.acc + g * state.dim;
     for (int32_t i = 0; i < state.dim; i += kLanes) {
       (Vec::load(acc + i) * Vec::all(shrink)).store(acc + i);
     }
   }
-  Vec sum = Vec::all(0.0F);
+  Vec sum = Vec::load(state.sum[g]);
   const Vec top = Vec::all(state.top[g]);
   for (int32_t t = 0; t < kStripTokens; t += kLanes) {
     const Vec weight = exp(Vec::load(row + t) - top);
     sum = sum + weight;
     weight.store(row + t);
   }
-  state.sum[g] += sum.total();
+  sum.store(state.sum[g]);
 }
 
-// Weights times the tokens' V scales; exactly 0 outside of [begin, end), whatever the scales there are.
-template <typename Vec>
-inline void scale_weights(const Strip& strip, float* row) {
-  for (int32_t t = 0; t < kStripTokens; t += Vec::kLanes) {
-    (Vec::load(row + t) * Vec::load(strip.tiles[t / 16].v_scale + t % 16)).store(row + t);
-  }
-  for (int32_t t = 0; t < strip.begin; ++t) {
-    row[t] = 0.0F;
-  }
-  for (int32_t t = strip.end; t < kStripTokens; ++t) {
-    row[t] = 0.0F;
+// The tokens' V scales; exactly 0 outside of [begin, end), whatever is stored there.
+inline void load_v_scales(const Strip& strip, float* scales) {
+  for (int32_t t = 0; t < kStripTokens; ++t) {
+    scales[t] = t >= strip.begin && t < strip.end ? strip.tiles[t / 16].v_scale[t % 16] : 0.0F;
   }
 }
 

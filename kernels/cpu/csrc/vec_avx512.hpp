@@ -18,7 +18,6 @@ struct Vec512 {
   static Vec512 load(const float* from) { return {_mm512_loadu_ps(from)}; }
   void store(float* to) const { _mm512_storeu_ps(to, x); }
   float first() const { return _mm512_cvtss_f32(x); }
-  float total() const { return _mm512_reduce_add_ps(x); }
   float largest() const { return _mm512_reduce_max_ps(x); }
 
   template <DType kv>

@@ -183,6 +183,7 @@ WaitStatus StepChannel::wait_until(const std::function<bool()>& ready, int64_t t
       return WaitStatus::kTimedOut;
     }
     if (now - start < spin_us_) {
+      yield_cpu();
       continue;
     }
     const uint32_t observed = header.engine_bell.load(std::memory_order_acquire);

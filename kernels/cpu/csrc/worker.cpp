@@ -108,9 +108,10 @@ void Worker::serve() {
       last_progress = now_us();
       continue;
     }
-    for (int spin = 0; spin < 16; ++spin) {
+    for (int spin = 0; spin < 32; ++spin) {
       cpu_relax();
     }
+    yield_cpu();
     if (now_us() - last_progress >= config_.spin_us && !must_not_park()) {
       park();
       last_progress = now_us();

@@ -49,7 +49,9 @@ struct Bf16 {
       }
     }
     const std::byte* q = state.q_packed + head * state.dim * 2;
-    for (int32_t i = 0; i < state.dim / 2; ++i) {
+    const int32_t rows = state.dim / 2;
+#pragma GCC unroll 1  // unrolled, GCC 12 runs out of registers for addresses and spills vectors
+    for (int32_t i = 0; i < rows; ++i) {
       __m512i k[kStripTiles];
       for (int32_t t = 0; t < kStripTiles; ++t) {
         k[t] = _mm512_loadu_si512(strip.tiles[t].k + i * kLine);
@@ -78,14 +80,16 @@ struct Bf16 {
         acc[h][c] = _mm512_loadu_ps(state.acc + (head + h) * state.dim + (column + c) * 16);
       }
     }
-    const int32_t stride = state.dim / 16 * kLine;
+    const std::ptrdiff_t stride = state.dim / 16 * kLine;
     for (int32_t t = 0; t < strip.count; ++t) {
-      for (int32_t i = 0; i < 8; ++i) {
-        const int32_t offset = i * stride + column * kLine;
+      const std::byte* row = strip.tiles[t].v + column * kLine;
+      const std::byte* next = ahead.tiles[t].v + column * kLine;
+#pragma GCC unroll 1
+      for (int32_t i = 0; i < 8; ++i, row += stride, next += stride) {
         __m512i v[columns];
         for (int32_t c = 0; c < columns; ++c) {
-          v[c] = _mm512_loadu_si512(strip.tiles[t].v + offset + c * kLine);
-          __builtin_prefetch(ahead.tiles[t].v + offset + c * kLine, 0, 2);
+          v[c] = _mm512_loadu_si512(row + c * kLine);
+          __builtin_prefetch(next + c * kLine, 0, 2);
         }
         for (int32_t h = 0; h < heads; ++h) {
           const __m512i pair = _mm512_set1_epi32(word(weights[head + h] + t * 16 + i * 2));
@@ -173,7 +177,9 @@ struct Int8 {
     }
     const std::byte* q = state.q_packed + head * state.dim * 2;
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-    for (int32_t i = 0; i < state.dim / 4; ++i) {
+    const int32_t rows = state.dim / 4;
+#pragma GCC unroll 1
+    for (int32_t i = 0; i < rows; ++i) {
       __m512i k[kStripTiles];
       for (int32_t t = 0; t < kStripTiles; ++t) {
         k[t] = _mm512_xor_si512(_mm512_loadu_si512(strip.tiles[t].k + i * kLine), flip);
@@ -244,14 +250,16 @@ struct Int8 {
         low[h][c] = _mm512_setzero_si512();
       }
     }
-    const int32_t stride = state.dim / 16 * kLine;
+    const std::ptrdiff_t stride = state.dim / 16 * kLine;
     for (int32_t t = 0; t < strip.count; ++t) {
-      for (int32_t i = 0; i < 4; ++i) {
-        const int32_t offset = i * stride + column * kLine;
+      const std::byte* row = strip.tiles[t].v + column * kLine;
+      const std::byte* next = ahead.tiles[t].v + column * kLine;
+#pragma GCC unroll 1
+      for (int32_t i = 0; i < 4; ++i, row += stride, next += stride) {
         __m512i v[columns];
         for (int32_t c = 0; c < columns; ++c) {
-          v[c] = _mm512_loadu_si512(strip.tiles[t].v + offset + c * kLine);
-          __builtin_prefetch(ahead.tiles[t].v + offset + c * kLine, 0, 2);
+          v[c] = _mm512_loadu_si512(row + c * kLine);
+          __builtin_prefetch(next + c * kLine, 0, 2);
         }
         for (int32_t h = 0; h < heads; ++h) {
           const __m512i w_high = _mm512_set1_epi32(word(weights.high[head + h] + t * 16 + i * 4));

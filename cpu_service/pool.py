@@ -10,7 +10,6 @@ from neo_common.shm.memory import SharedMemory
 from neo_common.shm.populate import populate
 
 GIB = 1 << 30
-_OWN_LIMIT = "max_pool_gib"
 
 
 class PoolBudget:
@@ -30,21 +29,22 @@ class PoolBudget:
         return self._used
 
     def available(self) -> MemoryHeadroom:
-        free = self._headroom()
-        own = self._max_bytes - self._used
-        if self._max_bytes and own < free.bytes:
-            return MemoryHeadroom(max(own, 0), _OWN_LIMIT)
-        return free
+        free, own = self._headroom(), self._own()
+        return own if own is not None and own.bytes < free.bytes else free
+
+    def _own(self) -> MemoryHeadroom | None:
+        """What the configuration leaves; None when it sets no limit."""
+        if self._max_bytes == 0:
+            return None
+        return MemoryHeadroom(max(self._max_bytes - self._used, 0), "max_pool_gib")
 
     def take(self, pool_bytes: int, other_bytes: int, exists: bool = False) -> None:
         """Account for a pool. `other_bytes`: what its session needs beside. Raises ServiceError
         when it does not fit.
 
         `exists`: the engine holds its memory already, so that only the configured limit matters."""
-        free = self.available()
-        if exists and free.source != _OWN_LIMIT:
-            free = MemoryHeadroom(pool_bytes + other_bytes, free.source)
-        if pool_bytes + other_bytes > free.bytes:
+        free = self._own() if exists else self.available()
+        if free is not None and pool_bytes + other_bytes > free.bytes:
             raise ServiceError(
                 Reason.OUT_OF_HOST_MEMORY,
                 f"a host pool of {pool_bytes / GIB:.2f} GiB and {other_bytes / GIB:.2f} GiB of "

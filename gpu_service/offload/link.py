@@ -49,7 +49,7 @@ class Link:
         self._on_tensor = on_tensor
         self._wake = wake
         self._over = threading.Event()
-        stub = pb_grpc.CpuAttentionServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        stub = pb_grpc.CpuAttentionServiceStub(self._channel)
         self._call = stub.Attend(self._requests())
         self._reader = threading.Thread(target=self._read, name="neo-offload-read", daemon=True)
         self._reader.start()

@@ -257,8 +257,8 @@ async def test_the_front_end_has_no_torch(service: Service) -> None:
     assert service.process is not None
     front_end = psutil.Process(service.process.pid)
     (core,) = front_end.children()
-    assert not any("torch" in mapped.path for mapped in front_end.memory_maps())
-    assert any("torch" in mapped.path for mapped in core.memory_maps())
+    assert not any("libtorch" in mapped.path for mapped in front_end.memory_maps())
+    assert any("libtorch" in mapped.path for mapped in core.memory_maps())
 
 
 async def test_drain_rpc_then_sigterm(tmp_path: Path, model: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from kernels.cpu import _neo_cpu
+import kernels.cpu._neo_cpu as _neo_cpu
 from kernels.cpu.arrays import DType, activation_dtype, address
 
 __all__ = ["LAYOUT_VERSION", "DType", "KvLayout", "KvPool", "ThreadPool", "decode_attention"]

@@ -1,4 +1,4 @@
-"""Arrays at the border of the extension: numpy arrays and CPU torch tensors, told apart by duck typing.
+"""Arrays at the border of the extension: numpy arrays and CPU torch tensors, by duck typing.
 
 numpy has no bfloat16: a numpy array of bf16 bits is `uint16`, and is taken as such.
 """

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kernels.cpu import DType, _neo_cpu
+import kernels.cpu._neo_cpu as _neo_cpu
+from kernels.cpu import DType
 
 _native = _neo_cpu.dataplane
 

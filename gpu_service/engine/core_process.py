@@ -27,6 +27,7 @@ from gpu_service.engine.build import build_core
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Command, Event, Failed, Progress, Shutdown
 from gpu_service.offload.keeper import HostTierUnavailable
+from neo_common.logging import setup
 
 _LOG = logging.getLogger(__name__)
 
@@ -157,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent(arguments.parent)
     text = (arguments.directory / channel.CONFIG_FILE).read_bytes()
     config = msgspec.json.decode(text, type=GpuServiceConfig)
+    setup("engine", config.log_level, config.log_format)
     commands = CoreChannel(arguments.directory)
     try:
         return _run(config, commands)

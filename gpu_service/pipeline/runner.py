@@ -17,6 +17,7 @@ from gpu_service.pipeline.parts import EngineParts, LaneOutcome
 from gpu_service.scheduling.plan import (
     Failure,
     IterationPlan,
+    Migration,
     Mode,
     SampledToken,
     SubBatch,
@@ -46,7 +47,7 @@ class PlanRunner:
         When memory runs out the sweep is void, and the request that asked for most of it ends: what
         the others stored is stored again, at the same places, by the next sweep.
         """
-        lost = frozenset(m.key for m in plan.migrations if not self._migrator.run(m))
+        lost = frozenset(m.key for m in plan.migrations if not self._migrate(m))
         try:
             return self._sweep(plan, sampling, lost)
         except (MemoryError, RuntimeError) as error:
@@ -55,6 +56,14 @@ class PlanRunner:
         with suppress(HostTierStalled):
             self._parts.host.cancel_sweep()
         return _out_of_memory(plan, lost)
+
+    def _migrate(self, migration: Migration) -> bool:
+        try:
+            return self._migrator.run(migration)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return False
 
     def _sweep(
         self, plan: IterationPlan, sampling: Mapping[int, SamplingRow], lost: frozenset[int]

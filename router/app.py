@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from neo_common import metrics
 from neo_common.grpc.server import ServiceServer
 from protos.neo.v1 import router_pb2, router_pb2_grpc
-from router.backend import Backend, Health
+from router.backend import Backend
 from router.config import RouterConfig
 from router.forward import SERVICE, Forwarder, RelayLimits
 from router.limits import Gate
@@ -38,7 +38,7 @@ class Router:
         self._metrics = RouterMetrics(self.collector)
         self.registry = Registry(
             [
-                Backend(address, self._channel(address), Health(config.stale_seconds))
+                Backend(address, self._channel(address), config.stale_seconds)
                 for address in config.backends
             ],
             WatchTiming(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -16,14 +15,6 @@ SETTLE_SECONDS = 0.05
 """A call may take this long to show up in the backend's snapshots."""
 SUSPECT_BASE_SECONDS = 0.25
 SUSPECT_MAX_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Health:
-    """Limits after which a silent backend is no longer trusted."""
-
-    stale_seconds: float
-    """A snapshot older than this makes the backend SUSPECT."""
 
 
 def load_view(load: engine.LoadSnapshot) -> LoadView:
@@ -42,10 +33,11 @@ def load_view(load: engine.LoadSnapshot) -> LoadView:
 class Backend:
     """One gpu_service. Used by the router's event loop alone; owns the channel until `close`.
 
-    `now` arguments are seconds of one monotonic clock.
+    `now` arguments are seconds of one monotonic clock. A snapshot older than `stale_seconds` makes
+    the backend SUSPECT.
     """
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, health: Health) -> None:
+    def __init__(self, address: str, channel: grpc.aio.Channel, stale_seconds: float) -> None:
         self.address = address
         self.channel = channel
         self.calls_total = 0
@@ -53,7 +45,7 @@ class Backend:
         self.load: engine.LoadSnapshot | None = None
         self.load_at = 0.0
         self._load_view: LoadView | None = None
-        self._health = health
+        self._stale_seconds = stale_seconds
         self._open: dict[int, float] = {}  # call number -> when it was sent, oldest first
         self._failed_watches = 2  # DOWN until the first snapshot
         self._watch_problem = "not reached yet"
@@ -116,7 +108,7 @@ class Backend:
             return BackendState.DOWN, "still starting"
         if self._failed_watches:
             return BackendState.SUSPECT, self._watch_problem
-        if now - self.load_at > self._health.stale_seconds:
+        if now - self.load_at > self._stale_seconds:
             return BackendState.SUSPECT, f"no load report for {now - self.load_at:.1f} s"
         if now < self._suspect_until:
             return BackendState.SUSPECT, "a call could not reach it"

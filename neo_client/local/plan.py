@@ -13,6 +13,7 @@ import yaml
 from neo_client.local.child import Service
 from neo_client.local.stack import StackPlan
 
+LOOPBACK = "127.0.0.1:0"
 MODULES = ("cpu_service", "gpu_service", "router")
 SHORT = {"cpu": "cpu_service", "gpu": "gpu_service", "router": "router"}
 
@@ -30,16 +31,9 @@ class Wishes:
     """`SERVICE.NAME=VALUE`, the last word on anything."""
 
 
-def free_address() -> str:
-    """A loopback address whose port was free a moment ago. A service that meets another there says
-    so and ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
 def with_port(address: str) -> str:
-    """`address`, with a free port where it says 0."""
+    """`address`, with a port that was free a moment ago where it says 0. A service that meets
+    another there says so and ends. Raises ValueError."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"listen must be HOST:PORT, not {address!r}")
@@ -84,9 +78,9 @@ def make_plan(wishes: Wishes) -> StackPlan:
         settings[module][name] = value
     cpu: Service | None = None
     if settings["gpu_service"].get("offload") != "never":
-        cpu = Service("cpu_service", free_address(), settings["cpu_service"])
+        cpu = Service("cpu_service", with_port(LOOPBACK), settings["cpu_service"])
         settings["gpu_service"].setdefault("cpu_services", [cpu.address])
-    gpu = Service("gpu_service", free_address(), settings["gpu_service"])
+    gpu = Service("gpu_service", with_port(LOOPBACK), settings["gpu_service"])
     settings["router"].setdefault("backends", [gpu.address])
     router = Service("router", with_port(wishes.listen), settings["router"])
     return StackPlan(cpu, gpu, router, wishes.directory, wishes.grace_seconds)

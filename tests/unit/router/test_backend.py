@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 
 from protos.neo.v1 import engine_pb2 as engine
-from router.backend import SETTLE_SECONDS, SUSPECT_BASE_SECONDS, Backend, Health
+from router.backend import SETTLE_SECONDS, SUSPECT_BASE_SECONDS, Backend
 from router.policy import BackendState
 
 STALE_SECONDS = 2.0
@@ -22,7 +22,7 @@ def snapshot(state: engine.EngineState = engine.ENGINE_STATE_SERVING) -> engine.
 
 @pytest.fixture
 def backend() -> Backend:
-    return Backend("x:1", cast(Any, None), Health(STALE_SECONDS))
+    return Backend("x:1", cast(Any, None), STALE_SECONDS)
 
 
 def state(backend: Backend, now: float) -> BackendState:

@@ -82,9 +82,7 @@ def in_process(gap_us: float, sweeps: int) -> np.ndarray:
 
         def layer(index: int) -> None:
             tables, lengths = ROWS.block_tables, ROWS.lengths
-            decode_attention(
-                threads, pool, index, q, k, k, tables, lengths, out, scale=SHAPE.scale
-            )
+            decode_attention(threads, pool, index, q, k, k, tables, lengths, out, scale=SHAPE.scale)
 
         return times_us(layer, lambda: None, gap_us, sweeps)
 

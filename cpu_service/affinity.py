@@ -6,6 +6,7 @@ import os
 
 from cpu_service.config import CpuServiceConfig
 from cpu_service.epoch import ThreadPlan
+from kernels import cpu
 
 # With fewer, engine and attention threads share cores, and a pinned one could not get out of the
 # other's way.
@@ -15,6 +16,10 @@ _MIN_CORES_TO_PIN = 4
 def plan_threads(config: CpuServiceConfig) -> ThreadPlan:
     """Raises ValueError naming the field when the configuration does not fit this process's
     cpuset."""
+    try:
+        cpu.isa()
+    except ValueError as error:
+        raise ValueError(f"isa: {error}") from error
     allowed = os.sched_getaffinity(0)
     foreign = sorted(set(config.cpus) - allowed)
     if foreign:
@@ -22,7 +27,7 @@ def plan_threads(config: CpuServiceConfig) -> ThreadPlan:
     if config.cpus:
         threads = config.threads or len(config.cpus)
         return ThreadPlan(threads, config.cpus[:threads], config.spin_us)
-    threads = config.threads or max(len(allowed) - 2, 1)
+    threads = config.threads or cpu.default_threads()
     if config.threads == 0 and len(allowed) >= _MIN_CORES_TO_PIN:
-        return ThreadPlan(threads, tuple(sorted(allowed))[-threads:], config.spin_us)
+        return ThreadPlan(threads, cpu.default_cpus(), config.spin_us)
     return ThreadPlan(threads, (), config.spin_us)

@@ -59,8 +59,8 @@ class CpuAttentionServicer(pb_grpc.CpuAttentionServiceServicer):
     ) -> pb.GetCapabilitiesResponse:
         return pb.GetCapabilitiesResponse(
             version=self._version,
-            isa="scalar",
-            isas=["scalar"],
+            isa=cpu.isa(),
+            isas=cpu.isas(),
             threads=self._plan.threads,
             transports=[pb.TRANSPORT_SHM, pb.TRANSPORT_GRPC],
             kv_dtypes=[pb.KvDtype.Name(dtype) for dtype in cpu.DType],
@@ -108,7 +108,7 @@ class CpuAttentionServicer(pb_grpc.CpuAttentionServiceServicer):
             transport=session.spec.transport,
             pool_bytes=session.spec.pool_bytes,
             threads=self._plan.threads,
-            isa="scalar",
+            isa=cpu.isa(),
             resumed=resumed,
         )
         epoch.describe(opened)

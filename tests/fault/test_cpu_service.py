@@ -333,6 +333,7 @@ def test_port_in_use(tmp_path: Path) -> None:
         ({"runtime_dir": "/proc/nowhere"}, "runtime_dir"),
         ({"thread": 1}, "did you mean threads"),
         ({"log_level": "loud"}, "log_level"),
+        ({"isa": "z80"}, "isa"),
     ],
 )
 def test_bad_configuration(tmp_path: Path, config: dict[str, object], words: str) -> None:

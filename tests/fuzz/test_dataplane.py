@@ -74,7 +74,7 @@ def test_a_bad_record_is_an_error_of_its_session(lie: str) -> None:
         assert publish_lie(it, *LIES[lie]) is WaitStatus.FAILED
         expected = WorkerError.BAD_SEQUENCE if lie == "sweep" else WorkerError.BAD_RECORD
         assert it.channel.error is expected
-        assert not it.worker.running
+        assert it.stopped_by_itself()
         assert bytes(it.pool_memory) == before
         for out, right in neighbour.sweep(neighbour.rows([20])):
             np.testing.assert_array_equal(out, right)

@@ -4,6 +4,7 @@ reference pool with the same contents for the in-process kernel."""
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,13 @@ class Rig:
                 assert status is WaitStatus.OK, (status, self.channel.error)
                 pairs.append((out, self.expected(layer, lanes[index], arrays)))
         return pairs
+
+    def stopped_by_itself(self) -> bool:
+        """Whether the worker's thread ends without being told to."""
+        deadline = time.monotonic() + 5
+        while self.worker.running and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return not self.worker.running
 
     def restart(self, first_sweep: int = 1, start: bool = True) -> None:
         """Fresh control memory, worker and channel, on the same pool."""

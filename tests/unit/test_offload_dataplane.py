@@ -160,10 +160,7 @@ def test_a_revoked_worker_stops_by_itself() -> None:
     with rig() as it:
         it.sweep(it.rows([5]))
         it.channel.revoke()
-        deadline = time.monotonic() + 5
-        while it.worker.running and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert not it.worker.running
+        assert it.stopped_by_itself()
         assert it.channel.begin_sweep([it.rows([5])], SECOND_US) is WaitStatus.OK
         assert it.channel.cancel_sweep(SECOND_US) is WaitStatus.FAILED
         assert it.channel.error is WorkerError.NONE

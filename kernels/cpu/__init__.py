@@ -7,16 +7,72 @@ released while the extension works. Wrong arguments raise ValueError with a sent
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import kernels.cpu._neo_cpu as _neo_cpu
 from kernels.cpu.arrays import DType, activation_dtype, address
+from kernels.cpu.placement import default_cpus, default_threads
 
-__all__ = ["LAYOUT_VERSION", "DType", "KvLayout", "KvPool", "ThreadPool", "decode_attention"]
+__all__ = [
+    "LAYOUT_VERSION",
+    "DType",
+    "KvLayout",
+    "KvPool",
+    "ThreadPool",
+    "decode_attention",
+    "default_cpus",
+    "default_threads",
+    "first_touch",
+    "isa",
+    "isas",
+    "read_all",
+]
 
 LAYOUT_VERSION: int = _neo_cpu.LAYOUT_VERSION
+
+_TOUCH_STEP_BYTES = 256 << 20
+
+
+def isa() -> str:
+    """The instruction set that new thread pools use: the best there is, or what NEO_CPU_ISA names.
+
+    Raises ValueError when this machine lacks what NEO_CPU_ISA names.
+    """
+    return str(_neo_cpu.isa())
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this build and this machine have, worst first."""
+    return tuple(_neo_cpu.isas())
+
+
+def first_touch(
+    place: int,
+    size_bytes: int,
+    threads: ThreadPool,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Commit `size_bytes` of memory at address `place`, in huge pages where there are any.
+
+    What is there already stays. progress: called with (bytes done, bytes in all) now and then.
+    """
+    if size_bytes <= 0 or place <= 0:
+        raise ValueError("first_touch needs an address and a positive size")
+    _neo_cpu.want_huge_pages(place, size_bytes)
+    for done in range(0, size_bytes, _TOUCH_STEP_BYTES):
+        step = min(_TOUCH_STEP_BYTES, size_bytes - done)
+        _neo_cpu.touch(threads.native, place + done, step)
+        if progress is not None:
+            progress(done + step, size_bytes)
+
+
+def read_all(place: int, size_bytes: int, threads: ThreadPool) -> int:
+    """Read all of the memory at address `place` and return the sum of its 64-bit words: what a
+    benchmark compares with."""
+    return int(_neo_cpu.read_all(threads.native, place, size_bytes))
 
 
 @dataclass(frozen=True)
@@ -47,6 +103,8 @@ class ThreadPool:
     """
 
     def __init__(self, threads: int, cpus: tuple[int, ...] = (), spin_us: int = 50) -> None:
+        if spin_us < 0:
+            raise ValueError("spin_us must not be negative")
         self.size = threads
         self.native: Any = _neo_cpu.ThreadPool(threads, list(cpus), spin_us)
 
@@ -156,6 +214,8 @@ def decode_attention(
     lse: `[rows, query_heads]` float32, filled with the log-sum-exp of the scores.
     """
     layout = pool.layout
+    if len(q.shape) != 3 or len(block_tables.shape) != 2:
+        raise ValueError("q must be [rows, query_heads, head_dim] and block_tables [rows, width]")
     rows, query_heads, _ = q.shape
     activation = activation_dtype("q", q)
     for name, array in (("k_new", k_new), ("v_new", v_new), ("out", out)):

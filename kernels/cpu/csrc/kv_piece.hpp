@@ -60,10 +60,26 @@ decltype(auto) with_type(DType dtype, F&& f) {
 template <typename Kv>
 struct TokenPlace {
   Kv* first;
-  int32_t run;
+  int32_t run;  // kPacked (in K) or 1 (in V)
   int32_t stride;
   float* scale;  // null unless int8
-  Kv& at(int32_t dim) const { return first[dim / run * stride + dim % run]; }
+
+  // Calls f(element, dim) for each of head_dim dims.
+  template <typename F>
+  void each(int32_t head_dim, F&& f) const {
+    if (run == 1) {
+      for (int32_t i = 0; i < head_dim; ++i) {
+        f(first[static_cast<std::ptrdiff_t>(i) * stride], i);
+      }
+      return;
+    }
+    Kv* at = first;
+    for (int32_t i = 0; i < head_dim; i += kPacked<Kv>, at += stride) {
+      for (int32_t j = 0; j < kPacked<Kv>; ++j) {
+        f(at[j], i + j);
+      }
+    }
+  }
 };
 
 template <typename Kv>
@@ -96,25 +112,23 @@ void store_token(const T* source, const TokenPlace<Kv>& place, int32_t head_dim)
     *place.scale = largest / 127.0F + poison;
     const bool usable = largest > 0.0F && poison == 0.0F;
     const float inverse = usable ? 127.0F / largest : 0.0F;
-    for (int32_t i = 0; i < head_dim; ++i) {
-      place.at(i) = usable ? static_cast<int8_t>(std::lrintf(to_float(source[i]) * inverse)) : int8_t{0};
-    }
+    place.each(head_dim, [&](int8_t& x, int32_t i) {
+      x = usable ? static_cast<int8_t>(std::lrintf(to_float(source[i]) * inverse)) : int8_t{0};
+    });
   } else {
-    for (int32_t i = 0; i < head_dim; ++i) {
-      place.at(i) = from_float<Kv>(to_float(source[i]));
-    }
+    place.each(head_dim, [&](Kv& x, int32_t i) { x = from_float<Kv>(to_float(source[i])); });
   }
 }
 
 template <typename Kv, typename T>
 void load_token(const TokenPlace<Kv>& place, T* target, int32_t head_dim) {
-  for (int32_t i = 0; i < head_dim; ++i) {
+  place.each(head_dim, [&](const Kv& x, int32_t i) {
     if constexpr (std::is_same_v<Kv, int8_t>) {
-      target[i] = from_float<T>(static_cast<float>(place.at(i)) * *place.scale);
+      target[i] = from_float<T>(static_cast<float>(x) * *place.scale);
     } else {
-      target[i] = from_float<T>(to_float(place.at(i)));
+      target[i] = from_float<T>(to_float(x));
     }
-  }
+  });
 }
 
 }  // namespace neo

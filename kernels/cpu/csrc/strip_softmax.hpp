@@ -68,6 +68,10 @@ inline void weigh_head(HeadState& state, const Strip& strip, int32_t g, float* r
 
 // The tokens' V scales; exactly 0 outside of [begin, end), whatever is stored there.
 inline void load_v_scales(const Strip& strip, float* scales) {
+  for (const Tile& tile : strip.next) {
+    __builtin_prefetch(tile.k_scale, 0, 2);
+    __builtin_prefetch(tile.v_scale, 0, 2);
+  }
   for (int32_t t = 0; t < kStripTokens; ++t) {
     scales[t] = t >= strip.begin && t < strip.end ? strip.tiles[t / 16].v_scale[t % 16] : 0.0F;
   }

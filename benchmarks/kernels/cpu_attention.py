@@ -1,0 +1,256 @@
+"""CPU decode attention against the memory's own read bandwidth and torch, on the same threads.
+
+    python -m benchmarks.kernels.cpu_attention --threads 2 --json out.json --plot out.png
+
+Each case is measured interleaved with a plain read of the same memory, so that what else the
+machine does hits both; ratios are what to look at. Bandwidths are of KV bytes, in GB/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.fingerprint import fingerprint
+from kernels import cpu
+from kernels.cpu import DType, KvLayout, KvPool, ThreadPool
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: DType
+    context: int
+    rows: int = 0
+    """0: as many as fill the memory asked for."""
+
+
+@dataclass
+class Figures:
+    case: str
+    dtype: str
+    rows: int
+    context: int
+    threads: int
+    mib: float
+    read_gbs: float
+    """Best of the repeats; `_median` beside it."""
+    read_gbs_median: float
+    ours_gbs: float
+    ours_gbs_median: float
+    of_read: float
+    """ours_gbs / read_gbs."""
+    of_read_median: float
+    us: float
+    sdpa_us: float | None
+    """torch scaled_dot_product_attention on the same KV, gathered; None for int8."""
+    vs_sdpa: float | None
+
+
+def cases() -> list[Case]:
+    bf16, fp16, int8 = DType.BFLOAT16, DType.FLOAT16, DType.INT8
+    llama = [
+        Case(f"Llama-3-8B {dtype.name.lower()}", 32, 8, 128, dtype, context)
+        for dtype, context in ((bf16, 500), (bf16, 1000), (bf16, 4000), (fp16, 1000), (int8, 1000))
+    ]
+    return [
+        *llama,
+        Case("MHA bfloat16", 32, 32, 128, bf16, 1000),
+        Case("MHA int8", 32, 32, 128, int8, 1000),
+        Case("SmolLM2 bfloat16", 9, 3, 64, bf16, 1000),
+        Case("Llama-3-70B bfloat16", 64, 8, 128, bf16, 1000),
+        Case("one of 128k bfloat16", 32, 8, 128, bf16, 131072, rows=1),
+    ]
+
+
+class Setup:
+    """One case's pool, filled with random tokens, blocks in random order."""
+
+    def __init__(self, case: Case, size_bytes: int, threads: ThreadPool) -> None:
+        self.case = case
+        self.layout = KvLayout(1, case.kv_heads, case.head_dim, BLOCK_TOKENS, case.dtype)
+        per_row = -(-case.context // BLOCK_TOKENS)
+        self.rows = case.rows or max(size_bytes // (per_row * self.layout.piece_bytes), 1)
+        blocks = self.rows * per_row
+        self.bytes = self.layout.pool_bytes(blocks)
+        self.memory = mmap.mmap(-1, self.bytes)
+        self.place = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        cpu.first_touch(self.place, self.bytes, threads)
+        self.pool = KvPool(self.layout, blocks, (self.place, self.bytes))
+        self.activation = torch.float16 if case.dtype is DType.FLOAT16 else torch.bfloat16
+        self._fill(blocks, threads)
+        rng = np.random.default_rng(0)
+        self.tables = rng.permutation(blocks).astype(np.int32).reshape(self.rows, per_row)
+        self.lengths = np.full(self.rows, case.context, np.int32)
+        self.q = torch.randn(self.rows, case.query_heads, case.head_dim).to(self.activation)
+        self.out = torch.empty_like(self.q)
+        self.scale = case.head_dim**-0.5
+        self.kv_bytes = self.bytes * case.context // (per_row * BLOCK_TOKENS)
+
+    def _fill(self, blocks: int, threads: ThreadPool) -> None:
+        """Some blocks of random tokens, repeated: filling it all would take longer than measuring."""
+        sample = min(blocks, 64)
+        shape = (sample * BLOCK_TOKENS, self.case.kv_heads, self.case.head_dim)
+        k, v = (torch.randn(shape).to(self.activation) for _ in range(2))
+        self.pool.write(0, np.arange(shape[0]), k, v, threads)
+        pieces = np.frombuffer(self.memory, np.uint8).reshape(blocks, -1)
+        for first in range(sample, blocks, sample):
+            pieces[first : first + sample] = pieces[: min(sample, blocks - first)]
+
+    def attend(self, threads: ThreadPool) -> None:
+        cpu.decode_attention(
+            threads, self.pool, 0, self.q, None, None, self.tables, self.lengths, self.out,
+            scale=self.scale,
+        )  # fmt: skip
+
+    def sdpa(self) -> Callable[[], torch.Tensor]:
+        case = self.case
+        k, v = (
+            torch.empty(self.rows, case.kv_heads, case.context, case.head_dim, dtype=self.q.dtype)
+            for _ in range(2)
+        )
+        gathered = torch.empty(case.context, case.kv_heads, case.head_dim, dtype=self.q.dtype)
+        other = torch.empty_like(gathered)
+        offsets = np.arange(case.context)
+        for row in range(self.rows):
+            slots = self.tables[row, offsets // BLOCK_TOKENS].astype(np.int64) * BLOCK_TOKENS
+            self.pool.read(0, slots + offsets % BLOCK_TOKENS, gathered, other)
+            k[row], v[row] = gathered.transpose(0, 1), other.transpose(0, 1)
+        q = self.q[:, :, None]
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return lambda: attention(q, k, v, scale=self.scale, enable_gqa=True)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, size_bytes: int, threads: ThreadPool, repeats: int) -> Figures:
+    setup = Setup(case, size_bytes, threads)
+    setup.attend(threads)
+    reads, ours = [], []
+    for _ in range(repeats):
+        reads.append(seconds(lambda: cpu.read_all(setup.place, setup.bytes, threads)))
+        ours.append(seconds(lambda: setup.attend(threads)))
+    sdpa = None
+    if case.dtype is not DType.INT8:
+        call = setup.sdpa()
+        call()
+        sdpa = min(seconds(call) for _ in range(3))
+    read, read_median = (setup.bytes / f(reads) / 1e9 for f in (min, statistics.median))
+    best, best_median = (setup.kv_bytes / f(ours) / 1e9 for f in (min, statistics.median))
+    return Figures(
+        case=case.name, dtype=case.dtype.name.lower(), rows=setup.rows, context=case.context,
+        threads=threads.size, mib=round(setup.bytes / 2**20, 1),
+        read_gbs=round(read, 1), read_gbs_median=round(read_median, 1),
+        ours_gbs=round(best, 1), ours_gbs_median=round(best_median, 1),
+        of_read=round(best / read, 3), of_read_median=round(best_median / read_median, 3),
+        us=round(min(ours) * 1e6, 1), sdpa_us=sdpa and round(sdpa * 1e6, 1),
+        vs_sdpa=sdpa and round(sdpa / min(ours), 2),
+    )  # fmt: skip
+
+
+def call_overhead_us(threads: ThreadPool) -> dict[str, float]:
+    """One sequence of 16 tokens, Llama-3-8B heads: the extension's call, and the typed face's."""
+    setup = Setup(Case("overhead", 32, 8, 128, DType.BFLOAT16, 16, rows=1), 0, threads)
+    native = setup.pool.native
+    arguments = (
+        threads.native, 0, 1, 32, int(DType.BFLOAT16), setup.q.data_ptr(), 0, 0,
+        setup.tables.ctypes.data, 1, setup.lengths.ctypes.data, setup.out.data_ptr(), 0,
+        setup.scale, 0, 0.0,
+    )  # fmt: skip
+    direct = sorted(seconds(lambda: native.attend(*arguments)) for _ in range(2000))
+    typed = sorted(seconds(lambda: setup.attend(threads)) for _ in range(2000))
+    return {
+        "extension_median": round(direct[1000] * 1e6, 2),
+        "extension_best": round(direct[0] * 1e6, 2),
+        "python_median": round(typed[1000] * 1e6, 2),
+    }
+
+
+def table(figures: list[Figures]) -> str:
+    lines = [
+        f"{'case':24} {'rows':>5} {'ctx':>7} {'thr':>3} {'MiB':>6} {'read':>6} {'ours':>6} "
+        f"{'of read':>8} {'(median)':>8} {'us':>9} {'x SDPA':>6}"
+    ]
+    for f in figures:
+        ratio = "" if f.vs_sdpa is None else f"{f.vs_sdpa:.1f}"
+        lines.append(
+            f"{f.case:24} {f.rows:5} {f.context:7} {f.threads:3} {f.mib:6.0f} {f.read_gbs:6.1f} "
+            f"{f.ours_gbs:6.1f} {f.of_read:8.0%} {f.of_read_median:8.0%} {f.us:9.0f} {ratio:>6}"
+        )
+    return "\n".join(lines)
+
+
+def plot(figures: list[Figures], path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit("--plot needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = [f"{f.case}\n{f.context} x {f.rows}, {f.threads} thr" for f in figures]
+    axes = pyplot.subplots(figsize=(8, 0.5 * len(figures) + 1.5), layout="constrained")[1]
+    axes.barh(labels, [f.read_gbs for f in figures], color="lightgray", label="plain read")
+    axes.barh(labels, [f.ours_gbs for f in figures], height=0.5, label="decode attention")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB/s of KV")
+    axes.legend()
+    pyplot.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, nargs="+", default=[cpu.default_threads()])
+    parser.add_argument("--pin", action="store_true", help="pin threads to the default CPUs")
+    parser.add_argument("--mib", type=int, default=256, help="KV of each case (default 256)")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    figures: list[Figures] = []
+    overhead: dict[str, dict[str, float]] = {}
+    for count in options.threads:
+        torch.set_num_threads(count)
+        cpus = cpu.default_cpus()[-count:] if options.pin else ()
+        with ThreadPool(count, cpus) as threads:
+            overhead[str(count)] = call_overhead_us(threads)
+            for case in cases():
+                if options.only in case.name:
+                    figures.append(measure(case, options.mib << 20, threads, options.repeats))
+                    print(table(figures[-1:]).split("\n")[1], flush=True)
+    print(f"\n{table(figures)}\n\nper call, 1 x 16 tokens, us: {json.dumps(overhead)}")
+    print(f"instruction set: {cpu.isa()}; {json.dumps(fingerprint())}")
+    if options.json:
+        result = {
+            "machine": fingerprint(),
+            "isa": cpu.isa(),
+            "figures": [asdict(f) for f in figures],
+            "overhead_us": overhead,
+        }
+        options.json.write_text(json.dumps(result, indent=1))
+    if options.plot:
+        plot(figures, options.plot)
+
+
+if __name__ == "__main__":
+    main()

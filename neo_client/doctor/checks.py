@@ -124,9 +124,7 @@ def extension(machine: Machine, pools_gib: float) -> Iterator[Finding]:
     if built.problem:
         yield fail("extension", built.problem, f"build it: {INSTALL} (needs a C++20 compiler)")
         return
-    text = f"{built.path}, uses {built.isa or 'unknown'}"
-    if built.isas:
-        text += f", has {' '.join(built.isas)}"
+    text = f"{built.path}, uses {built.isa}, has {' '.join(built.isas)}"
     if built.source_newer:
         yield warn("extension", text, f"sources are newer than the build: {INSTALL}")
     else:

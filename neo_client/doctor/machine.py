@@ -164,8 +164,8 @@ def extension() -> Extension:
     newest = max((source.stat().st_mtime for source in sources), default=0.0)
     return Extension(
         path=str(built),
-        isa=cpu.isa() if hasattr(cpu, "isa") else "",
-        isas=tuple(cpu.isas()) if hasattr(cpu, "isas") else (),
+        isa=cpu.isa(),
+        isas=tuple(cpu.isas()),
         source_newer=newest > built.stat().st_mtime,
     )
 

@@ -16,10 +16,9 @@
 
 #include "convert.hpp"
 #include "kv_pool.hpp"
+#include "strip.hpp"
 
 namespace neo {
-
-inline constexpr int32_t kTileTokens = 16;
 
 struct PieceShape {
   explicit PieceShape(const KvLayout& layout)

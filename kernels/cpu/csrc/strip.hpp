@@ -12,6 +12,7 @@ namespace neo {
 
 inline constexpr int32_t kMaxGroup = 16;
 inline constexpr int32_t kMaxDim = 256;
+inline constexpr int32_t kTileTokens = 16;
 inline constexpr int32_t kStripTiles = 4;
 inline constexpr int32_t kStripTokens = 64;
 

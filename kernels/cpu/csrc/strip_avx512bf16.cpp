@@ -40,9 +40,9 @@ struct Bf16 {
     }
   }
 
-  template <int32_t heads>
+  template <int32_t heads, int32_t tiles>
   static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
-    __m512 acc[heads][kStripTiles];
+    __m512 acc[heads][tiles];
     for (auto& row : acc) {
       for (__m512& x : row) {
         x = _mm512_setzero_ps();
@@ -52,20 +52,20 @@ struct Bf16 {
     const int32_t rows = state.dim / 2;
 #pragma GCC unroll 1  // unrolled, GCC 12 runs out of registers for addresses and spills vectors
     for (int32_t i = 0; i < rows; ++i) {
-      __m512i k[kStripTiles];
-      for (int32_t t = 0; t < kStripTiles; ++t) {
+      __m512i k[tiles];
+      for (int32_t t = 0; t < tiles; ++t) {
         k[t] = _mm512_loadu_si512(strip.tiles[t].k + i * kLine);
         __builtin_prefetch(ahead.tiles[t].k + i * kLine, 0, 2);
       }
       for (int32_t h = 0; h < heads; ++h) {
         const __m512i pair = _mm512_set1_epi32(word(q + h * state.dim * 2 + i * 4));
-        for (int32_t t = 0; t < kStripTiles; ++t) {
+        for (int32_t t = 0; t < tiles; ++t) {
           acc[h][t] = _mm512_dpbf16_ps(acc[h][t], reinterpret_cast<__m512bh>(k[t]), reinterpret_cast<__m512bh>(pair));
         }
       }
     }
     for (int32_t h = 0; h < heads; ++h) {
-      for (int32_t t = 0; t < kStripTiles; ++t) {
+      for (int32_t t = 0; t < tiles; ++t) {
         _mm512_store_ps(out[head + h] + t * 16, _mm512_mul_ps(acc[h][t], _mm512_set1_ps(state.scale)));
       }
     }
@@ -165,12 +165,12 @@ struct Int8 {
     }
   }
 
-  template <int32_t heads>
+  template <int32_t heads, int32_t tiles>
   static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
-    __m512i high[heads][kStripTiles];
-    __m512i low[heads][kStripTiles];
+    __m512i high[heads][tiles];
+    __m512i low[heads][tiles];
     for (int32_t h = 0; h < heads; ++h) {
-      for (int32_t t = 0; t < kStripTiles; ++t) {
+      for (int32_t t = 0; t < tiles; ++t) {
         high[h][t] = _mm512_set1_epi32(-128 * state.q_sum[head + h][0]);
         low[h][t] = _mm512_set1_epi32(-128 * state.q_sum[head + h][1]);
       }
@@ -180,8 +180,8 @@ struct Int8 {
     const int32_t rows = state.dim / 4;
 #pragma GCC unroll 1
     for (int32_t i = 0; i < rows; ++i) {
-      __m512i k[kStripTiles];
-      for (int32_t t = 0; t < kStripTiles; ++t) {
+      __m512i k[tiles];
+      for (int32_t t = 0; t < tiles; ++t) {
         k[t] = _mm512_xor_si512(_mm512_loadu_si512(strip.tiles[t].k + i * kLine), flip);
         __builtin_prefetch(ahead.tiles[t].k + i * kLine, 0, 2);
       }
@@ -189,7 +189,7 @@ struct Int8 {
         const std::byte* bytes = q + h * state.dim * 2 + i * 4;
         const __m512i q_high = _mm512_set1_epi32(word(bytes));
         const __m512i q_low = _mm512_set1_epi32(word(bytes + state.dim));
-        for (int32_t t = 0; t < kStripTiles; ++t) {
+        for (int32_t t = 0; t < tiles; ++t) {
           high[h][t] = _mm512_dpbusd_epi32(high[h][t], k[t], q_high);
           low[h][t] = _mm512_dpbusd_epi32(low[h][t], k[t], q_low);
         }
@@ -197,7 +197,7 @@ struct Int8 {
     }
     for (int32_t h = 0; h < heads; ++h) {
       const __m512 scale = _mm512_set1_ps(state.scale * state.q_scale[head + h]);
-      for (int32_t t = 0; t < kStripTiles; ++t) {
+      for (int32_t t = 0; t < tiles; ++t) {
         const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[h][t], 8), low[h][t]);
         const __m512 token = _mm512_mul_ps(_mm512_loadu_ps(strip.tiles[t].k_scale), scale);
         _mm512_store_ps(out[head + h] + t * 16, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), token));
@@ -289,7 +289,11 @@ inline void attend_heads(HeadState& state, const Strip& strip, int32_t head, flo
                          typename Kv::Weights& weights) {
   constexpr int32_t kColumns = 4;
   const Ahead ahead = ahead_of(strip, head / Kv::kHeads, (state.group + Kv::kHeads - 1) / Kv::kHeads);
-  Kv::template scores<heads>(state, strip, ahead, head, scores);
+  if (strip.count == 1) {
+    Kv::template scores<heads, 1>(state, strip, ahead, head, scores);
+  } else {
+    Kv::template scores<heads, kStripTiles>(state, strip, ahead, head, scores);
+  }
   for (int32_t h = head; h < head + heads; ++h) {
     Kv::weigh(state, strip, h, scores[h], weights);
   }

@@ -109,8 +109,12 @@ struct FmaStrip {
   template <int32_t kHeads>
   static void heads(HeadState& state, const Strip& strip, int32_t head, float (*scratch)[64], const float* v_scales) {
     const Ahead ahead = ahead_of(strip, head / kMostHeads, (state.group + kMostHeads - 1) / kMostHeads);
-    for (int32_t tile = 0; tile < kStripTiles; tile += Vec::kTiles) {
-      scores<kHeads, Vec::kTiles>(state, strip, ahead, tile, head, scratch);
+    if (strip.count == 1) {
+      scores<kHeads, 1>(state, strip, ahead, 0, head, scratch);
+    } else {
+      for (int32_t tile = 0; tile < strip.count; tile += Vec::kTiles) {
+        scores<kHeads, Vec::kTiles>(state, strip, ahead, tile, head, scratch);
+      }
     }
     for (int32_t h = head; h < head + kHeads; ++h) {
       weigh_head<Vec>(state, strip, h, scratch[h]);

@@ -27,23 +27,24 @@ inline void mask_scores(float* row, const Strip& strip) {
   for (int32_t t = 0; t < strip.begin; ++t) {
     row[t] = -std::numeric_limits<float>::infinity();
   }
-  for (int32_t t = strip.end; t < kStripTokens; ++t) {
+  for (int32_t t = strip.end; t < strip.count * kTileTokens; ++t) {
     row[t] = -std::numeric_limits<float>::infinity();
   }
 }
 
-// Replaces one head's scores [64] by weights exp(score - top), and rescales what was summed before if `top` rose.
+// Replaces one head's scores by weights exp(score - top), and rescales what was summed before if `top` rose.
 template <typename Vec>
 inline void weigh_head(HeadState& state, const Strip& strip, int32_t g, float* row) {
   constexpr int32_t kLanes = Vec::kLanes;
+  const int32_t tokens = strip.count * kTileTokens;
   if (state.softcap > 0.0F) {
-    for (int32_t t = 0; t < kStripTokens; t += kLanes) {
+    for (int32_t t = 0; t < tokens; t += kLanes) {
       cap_scores(Vec::load(row + t), state.softcap).store(row + t);
     }
   }
   mask_scores(row, strip);
   Vec highest = Vec::load(row);
-  for (int32_t t = kLanes; t < kStripTokens; t += kLanes) {
+  for (int32_t t = kLanes; t < tokens; t += kLanes) {
     highest = max(highest, Vec::load(row + t));
   }
   if (any_greater(highest, Vec::all(state.top[g]))) {
@@ -58,7 +59,7 @@ inline void weigh_head(HeadState& state, const Strip& strip, int32_t g, float* r
   }
   Vec sum = Vec::load(state.sum[g]);
   const Vec top = Vec::all(state.top[g]);
-  for (int32_t t = 0; t < kStripTokens; t += kLanes) {
+  for (int32_t t = 0; t < tokens; t += kLanes) {
     const Vec weight = exp(Vec::load(row + t) - top);
     sum = sum + weight;
     weight.store(row + t);

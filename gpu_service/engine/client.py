@@ -31,6 +31,8 @@ SPIN_COUNT = "3000"
 """How long threads of torch's OpenMP spin for the next parallel region; some 10 us. Its default of
 milliseconds starves the attention threads of `--device cpu`: on 2 cores 8 rows took 56-590 ms an
 iteration with it, 36-39 ms with this, and about 50 ms without spinning."""
+LAST_WORDS_SECONDS = 0.05
+"""How long after the core's end its messages may still arrive."""
 _DEAD = "the engine core ended unexpectedly ({how})"
 
 
@@ -51,6 +53,9 @@ class EngineClient:
         self._directory: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._death: asyncio.Task[int] | None = None
+        self._unheard = asyncio.Event()
+        """Nobody is iterating."""
+        self._unheard.set()
 
     @property
     def pid(self) -> int | None:
@@ -96,27 +101,36 @@ class EngineClient:
         """Events in order. Ends after Failed, and when the core has ended on request. One consumer
         at a time."""
         assert self._death is not None, "start it first"
-        while True:
-            received = asyncio.ensure_future(self._events.recv())
-            try:
-                await asyncio.wait({received, self._death}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not received.done():
-                    received.cancel()
-            if received.done() and not received.cancelled():
-                event = channel.event_decoder.decode(received.result())
+        self._unheard.clear()
+        try:
+            while True:
+                event = await self._next()
+                if event is None:
+                    return
                 yield event
                 if isinstance(event, Failed):
                     return
-                continue
+        finally:
+            self._unheard.set()
+
+    async def _next(self) -> Event | None:
+        """The next event; None at the end."""
+        assert self._death is not None
+        received = asyncio.ensure_future(self._events.recv())
+        try:
+            await asyncio.wait({received, self._death}, return_when=asyncio.FIRST_COMPLETED)
             # What the core said before it ended may still be on its way to us.
-            if await self._events.poll(50):
-                continue
-            code = self._death.result()
-            if code != 0:
-                how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                yield Failed(_DEAD.format(how=how))
-            return
+            await asyncio.wait({received}, timeout=LAST_WORDS_SECONDS)
+        finally:
+            if not received.done():
+                received.cancel()
+        if received.done() and not received.cancelled():
+            return channel.event_decoder.decode(received.result())
+        code = self._death.result()
+        if code == 0:
+            return None
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return Failed(_DEAD.format(how=how))
 
     async def stop(self, grace_seconds: float = 10.0) -> None:
         """Let the core finish its live requests within the grace, then end it. Idempotent.
@@ -134,6 +148,10 @@ class EngineClient:
             await self._process.wait()
         if self._death is not None:
             await asyncio.wait({self._death})
+            with suppress(TimeoutError):
+                # Closing the socket would cut a consumer off from the core's last words.
+                async with asyncio.timeout(10 * LAST_WORDS_SECONDS):
+                    await self._unheard.wait()
         self._commands.close(linger=0)
         self._events.close(linger=0)
         self._context.term()

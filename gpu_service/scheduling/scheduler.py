@@ -110,8 +110,7 @@ class Scheduler:
                 if expired:
                     self._fail(choice.request, _HOST_LOST)
                 else:
-                    # Its KV is gone, but it may go on elsewhere, or here once the host tier is
-                    # back.
+                    # It may go on elsewhere, or here once the host tier is back.
                     state.preempt(choice)
         if expired and host is not HostTierState.DEGRADED:
             self._end_host_only()

@@ -176,3 +176,16 @@ async def test_the_client_raises_what_the_core_says_and_cleans_up() -> None:
     assert made._directory is not None
     assert not made._directory.exists()
     assert made.pid is None or not _lives(made.pid)
+
+
+async def test_stopping_while_somebody_listens_ends_the_stream(client: EngineClient) -> None:
+    await client.send(greedy("a", [5, 6, 7], 30))
+
+    async def listen() -> bool:
+        usages = [e.usages async for event in client if isinstance(e := event, Output)]
+        return any(usages)
+
+    listener = asyncio.create_task(listen())
+    await asyncio.sleep(0)
+    await client.stop(grace_seconds=20)
+    assert await asyncio.wait_for(listener, 10)

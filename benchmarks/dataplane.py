@@ -59,8 +59,10 @@ def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, torch.empty_like(q)
 
 
-def times_us(layer: Callable[[int], None], sweep: Callable[[], None], gap_us: float, sweeps: int):  # type: ignore[no-untyped-def]
-    """Seconds of each layer's call, in us, without the gaps."""
+def times_us(
+    layer: Callable[[int], None], sweep: Callable[[], object], gap_us: float, sweeps: int
+) -> np.ndarray:
+    """Each layer's call, in us, without the gaps."""
     taken = []
     for _ in range(sweeps):
         sweep()
@@ -94,7 +96,7 @@ def through(tier: ShmHostTier | GrpcHostTier, gap_us: float, sweeps: int) -> np.
         tier.submit(0, index, q, k, k)
         tier.wait(0, index, out)
 
-    return times_us(layer, lambda: tier.begin_sweep([ROWS]) and None, gap_us, sweeps)
+    return times_us(layer, lambda: tier.begin_sweep([ROWS]), gap_us, sweeps)
 
 
 def measure(spins: list[int], gaps: list[float], sweeps: int) -> list[dict[str, object]]:

@@ -23,7 +23,7 @@ def _to_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
-class _Broken(Exception):
+class MailboxBroken(Exception):
     """The step failed or the connection is over; the text says why."""
 
 
@@ -55,14 +55,14 @@ class Mailbox:
             self._ready.notify_all()
 
     def take(self, key: object, timeout: float) -> pb.AttendResponse | None:
-        """The answer; None when it did not come in time. Raises _Broken."""
+        """The answer; None when it did not come in time. Raises MailboxBroken."""
         with self._ready:
             self._ready.wait_for(lambda: key in self._answers or self._broken is not None, timeout)
             self._wanted.discard(key)
             if key in self._answers:
                 return self._answers.pop(key)
             if self._broken is not None:
-                raise _Broken(self._broken)
+                raise MailboxBroken(self._broken)
             return None
 
     def clear(self) -> None:
@@ -148,7 +148,7 @@ class GrpcHostTier(SessionTier):
     def _take(self, key: object) -> pb.AttendResponse:
         try:
             answer = self._attached().mailbox.take(key, self._options.deadline_seconds)
-        except _Broken as broken:
+        except MailboxBroken as broken:
             self._stall(str(broken))
         if answer is None:
             self._stall(

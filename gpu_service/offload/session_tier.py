@@ -3,6 +3,7 @@ up when it stalls."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NoReturn
 
 import torch
@@ -20,7 +21,7 @@ TORCH_DTYPES = {
 }
 
 
-class SessionTier:
+class SessionTier(ABC):
     """State, epoch and recovery of a HostTier. The engine core's thread alone calls it."""
 
     def __init__(self, shape: HostShape, options: HostTierOptions, transport: Transport) -> None:
@@ -79,13 +80,13 @@ class SessionTier:
         self._let_go()
         self._state = HostTierState.OFF
 
+    @abstractmethod
     def _take_over(self, view: View) -> None:
         """Use the view's attachment from now on, instead of what was used before."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _let_go(self) -> None:
         """Use nothing any more."""
-        raise NotImplementedError
 
     def _require_up(self) -> Attachment:
         if self._state is not HostTierState.UP or self._view.attachment is None:

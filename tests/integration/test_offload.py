@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from tests.support.offload import (
     open_tier,
     resident_bytes,
 )
-from tests.support.stack import Service
+from tests.support.stack import REPO, Service, free_port
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,25 @@ def test_fifty_sessions_leak_nothing(service: Service) -> None:
         for pid, (descriptors, resident) in zip(pids, before, strict=True):
             assert open_descriptors(pid) <= descriptors + 2
             assert resident_bytes(pid) - resident < 8 << 20
+
+
+def test_metrics_tell_what_was_done(tmp_path: Path) -> None:
+    mirror, port = Mirror.make(), free_port()
+    with cpu_service(tmp_path, metrics_port=port) as running, open_tier(running.address) as tier:
+        mirror.fill(tier)
+        mirror.sweep(tier, mirror.rows([20, 30]))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+    assert float(values["neo_host_sessions"]) == 1
+    assert float(values["neo_host_pool_bytes"]) == SHAPE.layout.pool_bytes(BLOCKS)
+    assert float(values["neo_host_rows_total"]) == 2 * SHAPE.layers
+    assert float(values["neo_host_kv_read_bytes_total"]) > 0
+
+
+def test_the_service_does_not_import_torch() -> None:
+    code = "import sys, cpu_service.server; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
 
 
 def test_an_idle_service_uses_no_cpu(service: Service) -> None:

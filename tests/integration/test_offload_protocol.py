@@ -125,6 +125,22 @@ def test_the_first_message_must_open(
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_bytes_that_are_no_message_are_refused(service: Service) -> None:
+    service_path = "/neo.v1.CpuAttentionService/"
+    garbage = b"\xff\xff"
+    opened = pb.AttendRequest(open=opening()).SerializeToString()
+    with grpc.insecure_channel(service.address) as channel:
+        stream = channel.stream_stream(service_path + "Attend")
+        for messages in ([garbage], [opened, garbage]):
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stream(iter(messages), timeout=5))
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        unary = channel.unary_unary(service_path + "GetCapabilities")
+        with pytest.raises(grpc.RpcError) as caught:
+            unary(garbage, timeout=5)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_an_empty_stream_is_refused(stub: pb_grpc.CpuAttentionServiceStub) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         attend(stub)

@@ -49,6 +49,29 @@ def test_sliding_windows_are_per_layer() -> None:
             np.testing.assert_array_equal(out, expected)
 
 
+def test_each_layer_may_have_rows_of_its_own() -> None:
+    """As deferred mode will: a layer's slot holds its cohort's rows alone."""
+    with rig() as it:
+        it.restart(start=False)
+        lengths, tables = it.rows([20, 33, 5])
+        assert it.channel.begin_sweep([(lengths, tables)], SECOND_US) is WaitStatus.OK
+        ring = 4 * 16 + 2 * SHAPE.layers * 2 * 16
+        record_words = (SHAPE.sizes()[0] // 4 - ring) // 4
+        ranges = np.frombuffer(it.control, np.int32)[ring + record_words + 16 :][:4]
+        assert list(ranges) == [0, 3, 0, 3], "the layout of records has moved"
+        cohorts = [(1, 3), (0, 1)]
+        ranges[:] = np.ravel(cohorts)
+        it.worker.start()
+        for layer, (begin, end) in enumerate(cohorts):
+            inputs = it.inputs(3)
+            out = np.full_like(inputs[0], np.nan)
+            it.channel.submit(0, layer, *inputs)
+            assert it.channel.wait(0, layer, out, SECOND_US) is WaitStatus.OK
+            own = tuple(array[: end - begin].copy() for array in inputs)
+            lane = (lengths[begin:end].copy(), tables[begin:end].copy())
+            np.testing.assert_array_equal(out[: end - begin], it.expected(layer, lane, own))
+
+
 def test_counters_wrap() -> None:
     with rig(first_sweep=(1 << 32) - 3) as it:
         for _ in range(8):

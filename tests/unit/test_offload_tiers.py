@@ -14,7 +14,7 @@ import torch
 
 from gpu_service.config import GpuServiceConfig
 from gpu_service.offload.factory import host_shape, open_host_tier
-from gpu_service.offload.grpc_tier import Mailbox, _Broken
+from gpu_service.offload.grpc_tier import Mailbox, MailboxBroken
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.offload.link import Link, LinkBroken, Waker
 from gpu_service.offload.null_tier import NullHostTier
@@ -131,11 +131,11 @@ def test_a_broken_mailbox_ends_every_wait() -> None:
     box.want(1)
     threading.Timer(0.05, box.break_off, ("gone",)).start()
     start = time.monotonic()
-    with pytest.raises(_Broken, match="gone"):
+    with pytest.raises(MailboxBroken, match="gone"):
         box.take(1, 20.0)
     assert time.monotonic() - start < 5
     box.break_off("later")
-    with pytest.raises(_Broken, match="gone"):
+    with pytest.raises(MailboxBroken, match="gone"):
         box.take(2, 20.0)
 
 

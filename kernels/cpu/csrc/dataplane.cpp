@@ -118,8 +118,8 @@ void futex_wait(const std::atomic<uint32_t>& word, uint32_t expected, int64_t ti
 void futex_wake(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE, 1, nullptr, nullptr, 0); }
 
 void ring_if_parked(const std::atomic<uint32_t>& parked, std::atomic<uint32_t>& bell) {
-  // Orders the caller's store before the load of `parked`; the owner has the mirror image (parked, fence, condition), so
-  // at least one of the two sees the other.
+  // Orders the caller's store before the load of `parked`; the owner has the mirror image (parked, fence, condition),
+  // so at least one of the two sees the other.
   std::atomic_thread_fence(std::memory_order_seq_cst);
   if (parked.load(std::memory_order_relaxed) != 0) {
     bell.fetch_add(1, std::memory_order_release);

@@ -126,9 +126,7 @@ class StepMemory {
   Doorbell& doorbell(int32_t lane, int32_t layer) const {
     return reinterpret_cast<Doorbell*>(control_ + sizeof(ControlHeader))[lane * shape_.layers + layer];
   }
-  RecordHeader& record(uint32_t sweep) const {
-    return *reinterpret_cast<RecordHeader*>(record_base(sweep));
-  }
+  RecordHeader& record(uint32_t sweep) const { return *reinterpret_cast<RecordHeader*>(record_base(sweep)); }
   LayerRange* ranges(uint32_t sweep, int32_t lane) const {
     return reinterpret_cast<LayerRange*>(record_base(sweep) + sizeof(RecordHeader)) + lane * shape_.layers;
   }

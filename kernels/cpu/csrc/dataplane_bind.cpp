@@ -15,7 +15,7 @@ namespace py = pybind11;
 namespace neo {
 namespace {
 
-using Memory = std::pair<uintptr_t, std::size_t>;              // address, bytes
+using Memory = std::pair<uintptr_t, std::size_t>;                 // address, bytes
 using Lane = std::tuple<int32_t, uintptr_t, uintptr_t, int32_t>;  // rows, lengths, tables, stride
 
 std::span<std::byte> span_of(const Memory& memory) {
@@ -35,8 +35,9 @@ void bind_shape(py::module_& m) {
   py::class_<StepShape>(m, "StepShape")
       .def(py::init([](int32_t layers, int32_t query_heads, int32_t kv_heads, int32_t head_dim, int32_t block_tokens,
                        int32_t activation, int32_t max_rows, int32_t max_blocks_per_row) {
-             return StepShape{layers,       query_heads, kv_heads, head_dim,
-                              block_tokens, static_cast<DType>(activation), max_rows, max_blocks_per_row};
+             return StepShape{layers,   query_heads,       kv_heads,
+                              head_dim, block_tokens,      static_cast<DType>(activation),
+                              max_rows, max_blocks_per_row};
            }),
            py::arg("layers"), py::arg("query_heads"), py::arg("kv_heads"), py::arg("head_dim"), py::arg("block_tokens"),
            py::arg("activation"), py::arg("max_rows"), py::arg("max_blocks_per_row"));
@@ -48,10 +49,10 @@ void bind_shape(py::module_& m) {
                              uint32_t first_sweep, const py::bytes& nonce) {
     format_control(StepMemory(shape, span_of(control), span_of(step)), epoch, first_sweep, bytes_of(nonce));
   });
-  m.def("check_control", [](const StepShape& shape, const Memory& control, const Memory& step, uint64_t epoch,
-                            const py::bytes& nonce) {
-    check_control(StepMemory(shape, span_of(control), span_of(step)), epoch, bytes_of(nonce));
-  });
+  m.def("check_control",
+        [](const StepShape& shape, const Memory& control, const Memory& step, uint64_t epoch, const py::bytes& nonce) {
+          check_control(StepMemory(shape, span_of(control), span_of(step)), epoch, bytes_of(nonce));
+        });
   m.def("write_engine_nonce",
         [](const StepShape& shape, const Memory& control, const Memory& step, const std::string& nonce) {
           if (nonce.size() != kNonceBytes) {
@@ -68,10 +69,10 @@ void bind_shape(py::module_& m) {
 
 void bind_channel(py::module_& m) {
   py::class_<StepChannel>(m, "StepChannel")
-      .def(py::init([](const StepShape& shape, const Memory& control, const Memory& step, int64_t blocks,
-                       int32_t spin_us) {
-        return std::make_unique<StepChannel>(StepMemory(shape, span_of(control), span_of(step)), blocks, spin_us);
-      }))
+      .def(py::init(
+          [](const StepShape& shape, const Memory& control, const Memory& step, int64_t blocks, int32_t spin_us) {
+            return std::make_unique<StepChannel>(StepMemory(shape, span_of(control), span_of(step)), blocks, spin_us);
+          }))
       .def("begin_sweep",
            [](StepChannel& self, const std::vector<Lane>& lanes, int64_t timeout_us, bool device_rings) {
              std::vector<LaneRows> rows;

@@ -69,9 +69,7 @@ void Worker::stop() {
   thread_.join();
 }
 
-WorkerStats Worker::stats() const {
-  return {sweeps_.load(), rows_.load(), kv_bytes_.load(), busy_ns_.load()};
-}
+WorkerStats Worker::stats() const { return {sweeps_.load(), rows_.load(), kv_bytes_.load(), busy_ns_.load()}; }
 
 void Worker::loop() {
   pthread_setname_np(pthread_self(), "neo-worker");

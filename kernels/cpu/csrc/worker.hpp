@@ -30,8 +30,8 @@ struct WorkerStats {
   uint64_t busy_ns = 0;
 };
 
-// Trusts nothing that it reads from shared memory: a record is copied once, checked, and used from the copy, so that the
-// engine cannot change it in between. A bad record stops the worker with the error word set; the process goes on.
+// Trusts nothing that it reads from shared memory: a record is copied once, checked, and used from the copy, so that
+// the engine cannot change it in between. A bad record stops the worker with the error word set; the process goes on.
 class Worker {
  public:
   Worker(const StepMemory& memory, std::span<std::byte> pool, WorkerConfig config);

@@ -1,0 +1,240 @@
+"""Paged decode attention, split over the KV length (flash-decoding, arXiv 2311.01282).
+
+    program (row, KV head, split): all query heads of the group against its share of the tokens
+    merge   (row, query head):     the splits' partial results, weighted by their log-sum-exp
+
+The query heads that share a KV head are the rows of one `tl.dot` (padded to 16), so each K and V
+element is read once. The floor is bytes: KV bytes / memory bandwidth.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.kv_cache import GpuKvLayout
+from kernels.gpu.tensors import FLOATS, INTERPRET, check
+
+MAX_GROUP = 16
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _split_kernel(
+    q_ptr,  # [rows, kv_heads * GROUP, DIM]
+    kv_ptr,  # one layer: [blocks][2][kv_heads][BLOCK][DIM]
+    tables_ptr,  # int32 [rows, table_stride]
+    lengths_ptr,  # int32 [rows]; 0 marks a padding row
+    part_ptr,  # fp32 [rows, kv_heads, splits, GROUP, DIM]
+    lse_ptr,  # fp32 [rows, kv_heads, splits, GROUP], base 2
+    table_stride,
+    scale_log2,
+    softcap,
+    window,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
+    length = tl.load(lengths_ptr + row)
+    first = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    first_tile = first // TILE
+    tiles = tl.cdiv(length, TILE) - first_tile
+    share = tl.cdiv(tiles, splits)
+    begin = first_tile + split * share
+    end = tl.minimum(begin + share, first_tile + tiles)
+
+    group = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    tokens = tl.arange(0, TILE)
+    dim_ok = dims < DIM
+    q_rows = (row * kv_heads + head) * GROUP + group
+    q_ok = (group < GROUP)[:, None] & dim_ok[None, :]
+    q = tl.load(q_ptr + q_rows[:, None] * DIM + dims[None, :], mask=q_ok, other=0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
+
+    head_elements: tl.constexpr = BLOCK * DIM
+    piece_elements = 2 * kv_heads * head_elements
+    v_offset = kv_heads * head_elements
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    for tile in range(begin, end):
+        at = tile * TILE + tokens
+        seen = (at < length) & (at >= first)
+        block = tl.load(tables_ptr + row * table_stride + at // BLOCK, mask=seen, other=0)
+        place = block.to(tl.int64) * piece_elements + head * head_elements + (at % BLOCK) * DIM
+        kv_ok = seen[:, None] & dim_ok[None, :]
+        k = tl.load(kv_ptr + place[:, None] + dims[None, :], mask=kv_ok, other=0.0)
+        v = tl.load(kv_ptr + v_offset + place[:, None] + dims[None, :], mask=kv_ok, other=0.0)
+        if WIDEN:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        if HAS_SOFTCAP:
+            # scale_log2 is scale / softcap here: tanh first, then to base 2.
+            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores)) - 1.0) * 1.4426950408889634
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A tile may lie wholly outside of the window: its maximum is -inf, and -inf - -inf is NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink = tl.exp2(top - base)
+        weights = tl.exp2(scores - base[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = new_top
+
+    slot = ((row * kv_heads + head) * splits + split) * GROUP + group
+    group_ok = group < GROUP
+    tl.store(lse_ptr + slot, top + tl.log2(total), mask=group_ok)
+    tl.store(part_ptr + slot[:, None] * DIM + dims[None, :], acc / total[:, None], mask=q_ok)
+
+
+@triton.jit
+def _merge_kernel(
+    part_ptr,
+    lse_ptr,
+    out_ptr,  # [rows, query_heads, DIM]
+    out_lse_ptr,  # fp32 [rows, query_heads], natural logarithm
+    splits,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    row, query_head = tl.program_id(0), tl.program_id(1)
+    query_heads = tl.num_programs(1)
+    head, group = query_head // GROUP, query_head % GROUP
+    index = tl.arange(0, SPLITS_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    slot = ((row * (query_heads // GROUP) + head) * splits + index) * GROUP + group
+    lse = tl.load(lse_ptr + slot, mask=index < splits, other=float("-inf"))
+    # Empty splits wrote -inf and 0 / 0: their partial results are not looked at.
+    used = lse > float("-inf")
+    nothing = tl.max(lse, 0) == float("-inf")
+    broken = tl.sum((lse != lse).to(tl.int32), 0) > 0
+    top = tl.where(nothing, 0.0, tl.max(lse, 0))
+    weight = tl.where(used, tl.exp2(lse - top), 0.0)
+    total = tl.sum(weight, 0)
+    mask = used[:, None] & (dims < DIM)[None, :]
+    part = tl.load(part_ptr + slot[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
+    out = tl.sum(part * weight[:, None], 0) / tl.where(nothing, 1.0, total)
+    out = tl.where(broken, float("nan"), out)
+    place = row * query_heads + query_head
+    tl.store(out_ptr + place * DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < DIM)
+    if HAS_LSE:
+        tl.store(out_lse_ptr + place, (top + tl.log2(total)) * 0.6931471805599453)
+
+
+class DecodeAttention:
+    """Launches decode attention for up to `max_rows` rows; owns the workspace of partial results.
+
+    splits: how many programs share one (row, KV head). Fixed per object, since a CUDA graph fixes
+    its grid: make one per captured batch size, with `choose_splits`.
+    """
+
+    def __init__(
+        self,
+        layout: GpuKvLayout,
+        query_heads: int,
+        max_rows: int,
+        splits: int,
+        device: torch.device | str,
+    ) -> None:
+        group, remainder = divmod(query_heads, layout.kv_heads)
+        if remainder or not 1 <= group <= MAX_GROUP:
+            raise ValueError(f"query_heads must be 1 to {MAX_GROUP} times kv_heads")
+        if not 1 <= splits <= 128:
+            raise ValueError(f"splits must be 1 to 128, not {splits}")
+        self.layout = layout
+        self.query_heads = query_heads
+        self.splits = splits
+        self.tile = max(64, layout.block_tokens) if layout.head_dim <= 128 else layout.block_tokens
+        self.warps = 4
+        self.stages = 3 if layout.head_dim <= 128 else 2
+        self._group = group
+        shape = (max_rows, layout.kv_heads, splits, group)
+        self._part = torch.empty((*shape, layout.head_dim), dtype=torch.float32, device=device)
+        self._lse = torch.empty(shape, dtype=torch.float32, device=device)
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        layer_kv: torch.Tensor,
+        block_tables: torch.Tensor,
+        lengths: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Fill `out` `[rows, query_heads, head_dim]`; rows of length 0 become 0.
+
+        q: like `out`. layer_kv: one layer of the cache, the new token's K and V in place.
+        block_tables: int32 `[rows, width]`. lengths: int32 `[rows]`. window: tokens seen, the query
+        included; 0 means all. softcap: scores become cap * tanh(score / cap). lse: fp32
+        `[rows, query_heads]`, natural log-sum-exp; -inf for rows of length 0.
+        """
+        layout, rows = self.layout, q.shape[0]
+        check("q", q, (rows, self.query_heads, layout.head_dim), *FLOATS)
+        check("out", out, q.shape, q.dtype)
+        check("layer_kv", layer_kv, layout.shape[1:], q.dtype)
+        check("block_tables", block_tables, (rows, -1), torch.int32)
+        check("lengths", lengths, (rows,), torch.int32)
+        if rows > self._lse.shape[0]:
+            raise ValueError(f"{rows} rows are more than the {self._lse.shape[0]} prepared for")
+        if lse is not None:
+            check("lse", lse, (rows, self.query_heads), torch.float32)
+        padded = triton.next_power_of_2(layout.head_dim)
+        _split_kernel[(rows, layout.kv_heads, self.splits)](
+            q,
+            layer_kv,
+            block_tables,
+            lengths,
+            self._part,
+            self._lse,
+            block_tables.stride(0),
+            scale / softcap if softcap else scale * LOG2_E,
+            softcap,
+            window,
+            GROUP=self._group,
+            GROUP_PAD=16,
+            DIM=layout.head_dim,
+            DIM_PAD=padded,
+            BLOCK=layout.block_tokens,
+            TILE=self.tile,
+            HAS_SOFTCAP=softcap > 0,
+            WIDEN=INTERPRET,
+            num_warps=self.warps,
+            num_stages=self.stages,
+        )
+        _merge_kernel[(rows, self.query_heads)](
+            self._part,
+            self._lse,
+            out,
+            out if lse is None else lse,
+            self.splits,
+            GROUP=self._group,
+            DIM=layout.head_dim,
+            DIM_PAD=padded,
+            SPLITS_PAD=triton.next_power_of_2(self.splits),
+            HAS_LSE=lse is not None,
+            num_warps=1,
+        )
+
+
+def choose_splits(rows: int, kv_heads: int, multiprocessors: int) -> int:
+    """Enough programs for about four on each multiprocessor, at most 32 a row."""
+    return max(1, min(32, -(-4 * multiprocessors // max(1, rows * kv_heads))))

@@ -153,8 +153,9 @@ def run_transformers(args: argparse.Namespace, seed: int) -> dict[int, dict[str,
 
 def transformers_child(args: argparse.Namespace) -> None:
     import torch
-    from gpu_service.model.spec import resolve_model
     from transformers import AutoModelForCausalLM
+
+    from gpu_service.model.spec import resolve_model
 
     path = Path(resolve_model(args.model))
     dtype = getattr(torch, args.dtype)

@@ -103,7 +103,7 @@ class Setup:
         self.kv_bytes = self.bytes * case.context // (per_row * BLOCK_TOKENS)
 
     def _fill(self, blocks: int, threads: ThreadPool) -> None:
-        """Some blocks of random tokens, repeated: filling it all would take longer than measuring."""
+        """Some blocks of random tokens, repeated: filling all would take longer than measuring."""
         sample = min(blocks, 64)
         shape = (sample * BLOCK_TOKENS, self.case.kv_heads, self.case.head_dim)
         k, v = (torch.randn(shape).to(self.activation) for _ in range(2))

@@ -21,6 +21,15 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def _scores(q, k, seen, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Raw scores of a tile; with a cap, capped (softcap is cap / scale, see the wrapper)."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if HAS_SOFTCAP:
+        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
+    return tl.where(seen[None, :], scores, float("-inf"))
+
+
+@triton.jit
 def _split_kernel(
     q_ptr,  # [rows, kv_heads * GROUP, DIM]
     kv_ptr,  # one layer: [blocks][2][kv_heads][BLOCK][DIM]
@@ -33,7 +42,6 @@ def _split_kernel(
     softcap,
     window,
     GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -45,57 +53,42 @@ def _split_kernel(
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     length = tl.load(lengths_ptr + row)
     first = tl.where(window > 0, tl.maximum(length - window, 0), 0)
-    first_tile = first // TILE
-    tiles = tl.cdiv(length, TILE) - first_tile
-    share = tl.cdiv(tiles, splits)
-    begin = first_tile + split * share
-    end = tl.minimum(begin + share, first_tile + tiles)
+    share = tl.cdiv(tl.cdiv(length, TILE) - first // TILE, splits)
+    begin = first // TILE + split * share
+    end = tl.minimum(begin + share, tl.cdiv(length, TILE))
 
-    group = tl.arange(0, GROUP_PAD)
-    dims = tl.arange(0, DIM_PAD)
-    tokens = tl.arange(0, TILE)
+    group, dims, tokens = tl.arange(0, 16), tl.arange(0, DIM_PAD), tl.arange(0, TILE)
     dim_ok = dims < DIM
-    q_rows = (row * kv_heads + head) * GROUP + group
+    slot = (row * kv_heads + head) * GROUP + group
     q_ok = (group < GROUP)[:, None] & dim_ok[None, :]
-    q = tl.load(q_ptr + q_rows[:, None] * DIM + dims[None, :], mask=q_ok, other=0.0)
-    if WIDEN:
-        q = q.to(tl.float32)
-
-    head_elements: tl.constexpr = BLOCK * DIM
-    piece_elements = 2 * kv_heads * head_elements
-    v_offset = kv_heads * head_elements
-    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    q = tl.load(q_ptr + slot[:, None] * DIM + dims[None, :], mask=q_ok, other=0.0)
+    q = q.to(tl.float32) if WIDEN else q
+    top = tl.full([16], float("-inf"), tl.float32)
+    total = tl.zeros([16], tl.float32)
+    acc = tl.zeros([16, DIM_PAD], tl.float32)
     for tile in range(begin, end):
         at = tile * TILE + tokens
         seen = (at < length) & (at >= first)
         block = tl.load(tables_ptr + row * table_stride + at // BLOCK, mask=seen, other=0)
-        place = block.to(tl.int64) * piece_elements + head * head_elements + (at % BLOCK) * DIM
-        kv_ok = seen[:, None] & dim_ok[None, :]
-        k = tl.load(kv_ptr + place[:, None] + dims[None, :], mask=kv_ok, other=0.0)
-        v = tl.load(kv_ptr + v_offset + place[:, None] + dims[None, :], mask=kv_ok, other=0.0)
-        if WIDEN:
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        if HAS_SOFTCAP:
-            # scale_log2 is scale / softcap here: tanh first, then to base 2.
-            scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores)) - 1.0) * 1.4426950408889634
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+        place = (block.to(tl.int64) * 2 * kv_heads + head) * (BLOCK * DIM) + at % BLOCK * DIM
+        ok = seen[:, None] & dim_ok[None, :]
+        source = kv_ptr + place[:, None] + dims[None, :]
+        k = tl.load(source, mask=ok, other=0.0)
+        v = tl.load(source + kv_heads * BLOCK * DIM, mask=ok, other=0.0)
+        scores = _scores(q, k.to(tl.float32) if WIDEN else k, seen, softcap, HAS_SOFTCAP)
         new_top = tl.maximum(top, tl.max(scores, 1))
-        # A tile may lie wholly outside of the window: its maximum is -inf, and -inf - -inf is NaN.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink = tl.exp2(top - base)
-        weights = tl.exp2(scores - base[:, None])
+        # A tile may lie wholly outside of the window: -inf less -inf would be NaN.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) * scale_log2
+        # One fused multiply-add: rounding the scaled score by itself costs digits when it is large.
+        shrink = tl.exp2(top * scale_log2 - base)
+        weights = tl.exp2(scores * scale_log2 - base[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        v = v.to(tl.float32) if WIDEN else v
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = new_top
 
     slot = ((row * kv_heads + head) * splits + split) * GROUP + group
-    group_ok = group < GROUP
-    tl.store(lse_ptr + slot, top + tl.log2(total), mask=group_ok)
+    tl.store(lse_ptr + slot, top * scale_log2 + tl.log2(total), mask=group < GROUP)
     tl.store(part_ptr + slot[:, None] * DIM + dims[None, :], acc / total[:, None], mask=q_ok)
 
 
@@ -187,16 +180,10 @@ class DecodeAttention:
         included; 0 means all. softcap: scores become cap * tanh(score / cap). lse: fp32
         `[rows, query_heads]`, natural log-sum-exp; -inf for rows of length 0.
         """
+        self._check(q, layer_kv, block_tables, lengths, out, lse)
         layout, rows = self.layout, q.shape[0]
-        check("q", q, (rows, self.query_heads, layout.head_dim), *FLOATS)
-        check("out", out, q.shape, q.dtype)
-        check("layer_kv", layer_kv, layout.shape[1:], q.dtype)
-        check("block_tables", block_tables, (rows, -1), torch.int32)
-        check("lengths", lengths, (rows,), torch.int32)
-        if rows > self._lse.shape[0]:
-            raise ValueError(f"{rows} rows are more than the {self._lse.shape[0]} prepared for")
-        if lse is not None:
-            check("lse", lse, (rows, self.query_heads), torch.float32)
+        if scale <= 0:
+            raise ValueError(f"scale must be more than 0, not {scale}")
         padded = triton.next_power_of_2(layout.head_dim)
         _split_kernel[(rows, layout.kv_heads, self.splits)](
             q,
@@ -206,11 +193,10 @@ class DecodeAttention:
             self._part,
             self._lse,
             block_tables.stride(0),
-            scale / softcap if softcap else scale * LOG2_E,
-            softcap,
+            scale * LOG2_E,
+            softcap / scale,
             window,
             GROUP=self._group,
-            GROUP_PAD=16,
             DIM=layout.head_dim,
             DIM_PAD=padded,
             BLOCK=layout.block_tokens,
@@ -220,7 +206,8 @@ class DecodeAttention:
             num_warps=self.warps,
             num_stages=self.stages,
         )
-        _merge_kernel[(rows, self.query_heads)](
+        merge = _merge_kernel[(rows, self.query_heads)]
+        merge(
             self._part,
             self._lse,
             out,
@@ -233,6 +220,26 @@ class DecodeAttention:
             HAS_LSE=lse is not None,
             num_warps=1,
         )
+
+    def _check(
+        self,
+        q: torch.Tensor,
+        layer_kv: torch.Tensor,
+        block_tables: torch.Tensor,
+        lengths: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        layout, rows = self.layout, q.shape[0]
+        check("q", q, (rows, self.query_heads, layout.head_dim), *FLOATS)
+        check("out", out, q.shape, q.dtype)
+        check("layer_kv", layer_kv, layout.shape[1:], q.dtype)
+        check("block_tables", block_tables, (rows, -1), torch.int32)
+        check("lengths", lengths, (rows,), torch.int32)
+        if rows > self._lse.shape[0]:
+            raise ValueError(f"{rows} rows are more than the {self._lse.shape[0]} prepared for")
+        if lse is not None:
+            check("lse", lse, (rows, self.query_heads), torch.float32)
 
 
 def choose_splits(rows: int, kv_heads: int, multiprocessors: int) -> int:

@@ -154,11 +154,12 @@ void start(const Call& call, HeadState& state, std::size_t first_head) {
 // One query head's result to `out` and `lse`.
 void finish(const Call& call, std::size_t query_head, const float* acc, float top, float sum) {
   const int32_t dim = call.pool.layout().head_dim;
+  const float inverse = 1.0F / sum;
   with_type(call.params.activation, [&]<typename T>(T) {
     if constexpr (!std::is_same_v<T, int8_t>) {
       T* out = static_cast<T*>(call.batch.out) + query_head * dim;
       for (int32_t i = 0; i < dim; ++i) {
-        out[i] = from_float<T>(acc[i] / sum);
+        out[i] = from_float<T>(acc[i] * inverse);
       }
     }
   });

@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kChunk = 1 << 20;
+constexpr std::size_t kAheadWords = 4096 / 8;
 
 // Advice only: without huge pages it is slower, not wrong.
 void want_huge_pages(std::uintptr_t address, std::size_t bytes) {
@@ -44,13 +45,21 @@ void touch(ThreadPool& threads, std::uintptr_t address, std::size_t bytes) {
   });
 }
 
-// Adds up all words: what "reading" costs at least. The sum keeps the compiler from skipping it.
+// Adds up all words: what "reading" costs at least. The sum keeps the compiler from skipping it. Prefetches, as the
+// attention does: without, a Sapphire Rapids host read 100 GB/s where the attention read 126.
 uint64_t read_all(ThreadPool& threads, std::uintptr_t address, std::size_t bytes) {
   std::atomic<uint64_t> total{0};
   for_chunks(threads, bytes, [&](std::size_t begin, std::size_t end) {
     const auto* words = reinterpret_cast<const uint64_t*>(address);
     uint64_t sum = 0;
-    for (std::size_t i = begin / 8; i < end / 8; ++i) {
+    std::size_t i = begin / 8;
+    for (; i + 8 <= end / 8; i += 8) {
+      __builtin_prefetch(words + i + kAheadWords, 0, 2);
+      for (std::size_t j = 0; j < 8; ++j) {
+        sum += words[i + j];
+      }
+    }
+    for (; i < end / 8; ++i) {
       sum += words[i];
     }
     total.fetch_add(sum, std::memory_order_relaxed);

@@ -33,6 +33,9 @@ inline Vec256 operator/(Vec256 a, Vec256 b) { return {_mm256_div_ps(a.x, b.x)}; 
 inline Vec256 fma(Vec256 a, Vec256 b, Vec256 c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 inline Vec256 max(Vec256 a, Vec256 b) { return {_mm256_max_ps(a.x, b.x)}; }
 inline bool any_greater(Vec256 a, Vec256 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.x, b.x, _CMP_GT_OQ)) != 0; }
+inline Vec256 where_less(Vec256 a, Vec256 b, Vec256 yes, Vec256 no) {
+  return {_mm256_blendv_ps(no.x, yes.x, _mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ))};
+}
 
 // As in vec_avx512.hpp; the exponent is added to the bits, which leaves NaN alone since its conversion shifts out.
 inline Vec256 exp(Vec256 v) {

@@ -33,6 +33,7 @@ inline Vec1 operator/(Vec1 a, Vec1 b) { return {a.x / b.x}; }
 inline Vec1 fma(Vec1 a, Vec1 b, Vec1 c) { return {a.x * b.x + c.x}; }
 inline Vec1 max(Vec1 a, Vec1 b) { return {a.x > b.x ? a.x : b.x}; }
 inline bool any_greater(Vec1 a, Vec1 b) { return a.x > b.x; }
+inline Vec1 where_less(Vec1 a, Vec1 b, Vec1 yes, Vec1 no) { return a.x < b.x ? yes : no; }
 inline Vec1 exp(Vec1 a) { return {std::exp(std::min(88.0F, a.x) + (a.x != a.x ? a.x : 0.0F))}; }
 
 template <typename Kv, int32_t kWidth>

@@ -17,10 +17,19 @@ inline Ahead ahead_of(const Strip& strip, int32_t pass, int32_t passes) {
   return ahead;
 }
 
+// cap * tanh(x / cap). Near 0 by Cephes' polynomial: 1 - 2 / (exp(2x) + 1) loses the small differences there.
 template <typename Vec>
-inline Vec cap_scores(Vec x, float softcap) {  // cap * tanh(x / cap)
-  const Vec e = exp(x * Vec::all(2.0F / softcap));
-  return Vec::all(softcap) - Vec::all(2.0F * softcap) / (e + Vec::all(1.0F));
+inline Vec cap_scores(Vec score, float softcap) {
+  const Vec x = score * Vec::all(1.0F / softcap);
+  const Vec square = x * x;
+  Vec y = Vec::all(-5.70498872745e-3F);
+  y = fma(y, square, Vec::all(2.06390887954e-2F));
+  y = fma(y, square, Vec::all(-5.37397155531e-2F));
+  y = fma(y, square, Vec::all(1.33314422036e-1F));
+  y = fma(y, square, Vec::all(-3.33332819422e-1F));
+  const Vec near = fma(y * square, x, x);
+  const Vec far = Vec::all(1.0F) - Vec::all(2.0F) / (exp(x + x) + Vec::all(1.0F));
+  return Vec::all(softcap) * where_less(square, Vec::all(0.625F * 0.625F), near, far);
 }
 
 inline void mask_scores(float* row, const Strip& strip) {

@@ -31,6 +31,9 @@ inline Vec512 operator/(Vec512 a, Vec512 b) { return {_mm512_div_ps(a.x, b.x)}; 
 inline Vec512 fma(Vec512 a, Vec512 b, Vec512 c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 inline Vec512 max(Vec512 a, Vec512 b) { return {_mm512_max_ps(a.x, b.x)}; }
 inline bool any_greater(Vec512 a, Vec512 b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ) != 0; }
+inline Vec512 where_less(Vec512 a, Vec512 b, Vec512 yes, Vec512 no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ), no.x, yes.x)};
+}
 
 // Cephes' expf: 2 ulp. 0 below -87; NaN stays NaN (max returns its second operand then).
 inline Vec512 exp(Vec512 v) {

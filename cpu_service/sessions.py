@@ -155,8 +155,14 @@ class SessionTable:
     def _new_epoch(self, session: Session) -> Epoch:
         try:
             if session.spec.transport == pb.TRANSPORT_SHM:
+                number = session.number
                 return ShmEpoch(
-                    session.spec, session.number, session.pool, self._handoff, self._plan
+                    session.spec,
+                    number,
+                    session.pool,
+                    self._handoff,
+                    self._plan,
+                    released=lambda: self._released(session, number),
                 )
             assert session.pool is not None
             return GrpcEpoch(session.spec, session.number, session.pool, self._plan)
@@ -194,6 +200,13 @@ class SessionTable:
             return
         _log.warning("session %s: lease expired, freeing it", session.spec.session_id[:8])
         self._keep(self.end(session))
+
+    def _released(self, session: Session, number: int) -> None:
+        """The engine is dead, or has given the epoch up. Nothing is lost by not waiting for the
+        lease: an engine that lives holds the pool's descriptor and resumes with it."""
+        if session.number == number:
+            _log.info("session %s: released by its engine", session.spec.session_id[:8])
+            self._keep(self.end(session))
 
     async def end(self, session: Session) -> None:
         """Free everything. Idempotent."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cpu_service.epoch import EpochStats, ThreadPlan
 from cpu_service.spec import SessionSpec
@@ -29,9 +29,10 @@ class ShmEpoch:
         pool: SharedMemory | None,
         handoff: HandoffServer,
         plan: ThreadPlan,
+        released: Callable[[], None],
     ) -> None:
-        """`pool`: None when the engine is to hand it over. Raises OSError when there is no
-        memory."""
+        """`pool`: None when the engine is to hand it over. `released` is called when the engine has
+        let go of the tether, or is dead. Raises OSError when there is no memory."""
         self.number = number
         self.ended = asyncio.Event()
         self.pool = pool
@@ -53,7 +54,7 @@ class ShmEpoch:
         )
         self._memory.format(number, self._nonce)
         self._last_stats = EpochStats()
-        self._offer: Offer = handoff.offer(self._take)
+        self._offer: Offer = handoff.offer(self._take, released)
 
     def describe(self, opened: pb.SessionOpened) -> None:
         """Fill in what the engine needs to fetch the memory."""

@@ -109,20 +109,38 @@ class Offer:
     """One token's worth of descriptors, waiting to be fetched; later the service's end of the
     tether."""
 
-    def __init__(self, token: bytes, take: Callable[[list[int]], Sequence[int]]) -> None:
+    def __init__(
+        self,
+        token: bytes,
+        take: Callable[[list[int]], Sequence[int]],
+        released: Callable[[], None],
+    ) -> None:
         """`take` gets the peer's descriptors (and owns them), returns the service's; ValueError
-        refuses."""
+        refuses. `released` is called when the peer lets go of the tether, or dies."""
         self.token = token
         self.take = take
         self.tether: socket.socket | None = None
+        self._released = released
 
     @property
     def fetched(self) -> bool:
         return self.tether is not None
 
+    def tie(self, connection: socket.socket) -> None:
+        """From now on `connection` is the tether."""
+        self.tether = connection
+        asyncio.get_running_loop().add_reader(connection.fileno(), self._on_readable)
+
+    def _on_readable(self) -> None:
+        # The peer has nothing to say on it but that it is gone.
+        if self.tether is not None and has_ended(self.tether):
+            asyncio.get_running_loop().remove_reader(self.tether.fileno())
+            self._released()
+
     def end(self) -> None:
         """Tells the peer that its memory is not touched any more. Idempotent."""
         if self.tether is not None:
+            asyncio.get_running_loop().remove_reader(self.tether.fileno())
             self.tether.close()
             self.tether = None
 
@@ -164,9 +182,13 @@ class HandoffServer:
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
 
-    def offer(self, take: Callable[[list[int]], Sequence[int]]) -> Offer:
+    def offer(
+        self,
+        take: Callable[[list[int]], Sequence[int]],
+        released: Callable[[], None] = lambda: None,
+    ) -> Offer:
         """Whoever presents the new offer's token first gets what `take` returns."""
-        offer = Offer(os.urandom(TOKEN_BYTES), take)
+        offer = Offer(os.urandom(TOKEN_BYTES), take, released)
         self._offers[offer.token] = offer
         return offer
 
@@ -224,7 +246,7 @@ class HandoffServer:
         except OSError:
             connection.close()
         else:
-            offer.tether = connection
+            offer.tie(connection)
 
     def _find(self, request: bytes) -> Offer | None:
         token = request[len(_MAGIC) :]

@@ -240,12 +240,12 @@ def test_sigterm_ends_at_once_when_the_session_closes(tmp_path: Path) -> None:
         assert service.wait_exit(5) == 0
 
 
-def test_an_engine_that_dies_is_forgotten_with_its_lease(tmp_path: Path) -> None:
-    """SIGKILL of the engine: its pool is free again after the lease."""
+def test_the_memory_of_an_engine_that_dies_is_free_at_once(tmp_path: Path) -> None:
+    """SIGKILL of the engine: the tether's end says so, long before the lease does."""
     script = (
         "import sys, time\n"
         "from tests.support.offload import open_tier\n"
-        "with open_tier(sys.argv[1], lease_seconds=1.0) as tier:\n"
+        "with open_tier(sys.argv[1], lease_seconds=60.0) as tier:\n"
         "    print('up', flush=True)\n"
         "    time.sleep(60)\n"
     )
@@ -261,12 +261,7 @@ def test_an_engine_that_dies_is_forgotten_with_its_lease(tmp_path: Path) -> None
         engine.kill()
         engine.wait()
         engine.stdout.close()
-        with (
-            pytest.raises(HostTierUnavailable, match="max_sessions"),
-            open_tier(service.address),
-        ):
-            pass
-        time.sleep(2.5)
+        time.sleep(0.3)
         with open_tier(service.address) as tier:
             assert tier.state is HostTierState.UP
 

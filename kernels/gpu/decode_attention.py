@@ -152,9 +152,11 @@ class DecodeAttention:
         self.layout = layout
         self.query_heads = query_heads
         self.splits = splits
-        self.tile = max(64, layout.block_tokens) if layout.head_dim <= 128 else layout.block_tokens
+        # docs/perf-log.md, "GPU kernels": 32 tokens and 2 stages were best or level from 26k to
+        # 280k tokens in the batch; wide heads have registers for 16 only.
+        self.tile = 32 if layout.head_dim <= 128 else 16
         self.warps = 4
-        self.stages = 3 if layout.head_dim <= 128 else 2
+        self.stages = 2
         self._group = group
         shape = (max_rows, layout.kv_heads, splits, group)
         self._part = torch.empty((*shape, layout.head_dim), dtype=torch.float32, device=device)

@@ -120,7 +120,9 @@ def check_decode(inputs: DecodeInputs) -> None:
     truth, true_lse = decode_oracle(inputs, torch.float64)
     torch_error = error(decode_oracle(inputs, case.dtype)[0], truth)
     ours = error(out, truth)
-    assert ours <= BOUND * torch_error + 1e-6, (ours, torch_error)
+    # Log-sum-exps of some hundred, by which splits are merged, are known to 1e-5 in fp32.
+    slack = 1e-5 if case.magnitude > 1 else 1e-6
+    assert ours <= BOUND * torch_error + slack, (ours, torch_error)
     finite = true_lse.isfinite()
     assert torch.equal(finite, lse.isfinite())
     assert error(lse[finite], true_lse[finite]) < 1e-3

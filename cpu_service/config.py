@@ -35,7 +35,7 @@ class CpuServiceConfig:
     """Largest sweep that a session may ask for."""
     max_lease_seconds: float = 600.0
     """Longest lease that a session may ask for."""
-    spin_us: int = 50
+    spin_us: int = 1000
     """How long an attention thread spins for work before it sleeps; more is faster and uses more
     CPU."""
     drain_grace_seconds: float = 35.0

@@ -199,20 +199,22 @@ class SessionTable:
             self._arm(session)
             return
         _log.warning("session %s: lease expired, freeing it", session.spec.session_id[:8])
-        self._keep(self.end(session))
+        self._keep(self.end(session, session.number))
 
     def _released(self, session: Session, number: int) -> None:
         """The engine is dead, or has given the epoch up. Nothing is lost by not waiting for the
         lease: an engine that lives holds the pool's descriptor and resumes with it."""
         if session.number == number:
             _log.info("session %s: released by its engine", session.spec.session_id[:8])
-            self._keep(self.end(session))
+            self._keep(self.end(session, number))
 
-    async def end(self, session: Session) -> None:
-        """Free everything. Idempotent."""
+    async def end(self, session: Session, number: int | None = None) -> None:
+        """Free everything, unless the session has got beyond epoch `number`. Idempotent."""
         async with self._opening:
             if self._sessions.get(session.spec.session_id) is not session:
                 return
+            if number is not None and session.number != number:
+                return  # resumed while this was waiting for its turn
             await self._stop_epoch(session)
             self._forget(session)
 

@@ -137,14 +137,12 @@ def test_first_touch_keeps_what_is_there_and_reports_progress() -> None:
     expected = int(memory.sum())
     steps: list[tuple[int, int]] = []
     with ThreadPool(2) as threads:
-        place = memory.ctypes.data
-        cpu.first_touch(
-            place, memory.nbytes, threads, lambda done, size: steps.append((done, size))
-        )
-        assert cpu.read_all(place, memory.nbytes, threads) == expected
+        place, size = memory.ctypes.data, memory.nbytes
+        cpu.first_touch(place, size, threads, lambda *step: steps.append(step))
+        assert cpu.read_all(place, size, threads) == expected
         with pytest.raises(ValueError, match="positive size"):
             cpu.first_touch(place, 0, threads)
-    assert steps[-1] == (memory.nbytes, memory.nbytes)
+    assert steps[-1] == (size, size)
 
 
 def test_many_small_regions_from_hot_and_parked_threads() -> None:

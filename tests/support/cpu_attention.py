@@ -75,7 +75,8 @@ class Sequences:
     def slots(self, row: int) -> np.ndarray:
         at = np.arange(self.case.lengths[row])
         size = self.case.block_tokens
-        return self.tables[row, at // size].astype(np.int64) * size + at % size
+        blocks: np.ndarray = self.tables[row, at // size].astype(np.int64)
+        return blocks * size + at % size
 
     def attend(self, threads: ThreadPool, **changes: object) -> tuple[torch.Tensor, np.ndarray]:
         """Output and log-sum-exp, surrounded by sentinels that are checked here."""

@@ -8,9 +8,12 @@ from cpu_service.config import CpuServiceConfig
 from cpu_service.epoch import ThreadPlan
 from kernels import cpu
 
-# With fewer, engine and attention threads share cores, and a pinned one could not get out of the
-# other's way.
-_MIN_CORES_TO_PIN = 4
+# With fewer, engine and attention threads share cores. A pinned thread could not get out of the
+# other's way, and a spinning one takes the core that the dense layers need (docs/perf-log.md, "Data
+# plane": a window of 1000 us cost half of the throughput on two cores, 20 us nothing).
+_MIN_CORES_TO_PART = 4
+_PARTED_SPIN_US = 1000
+_SHARED_SPIN_US = 20
 
 
 def plan_threads(config: CpuServiceConfig) -> ThreadPlan:
@@ -24,10 +27,15 @@ def plan_threads(config: CpuServiceConfig) -> ThreadPlan:
     foreign = sorted(set(config.cpus) - allowed)
     if foreign:
         raise ValueError(f"cpus: this process may not use CPU {foreign[0]}")
+    parted = len(allowed) >= _MIN_CORES_TO_PART
+    spin_us = config.spin_us
+    if spin_us < 0:
+        spin_us = _PARTED_SPIN_US if parted else _SHARED_SPIN_US
     if config.cpus:
         threads = config.threads or len(config.cpus)
-        return ThreadPlan(threads, config.cpus[:threads], config.spin_us)
-    threads = config.threads or cpu.default_threads()
-    if config.threads == 0 and len(allowed) >= _MIN_CORES_TO_PIN:
-        return ThreadPlan(threads, cpu.default_cpus(), config.spin_us)
-    return ThreadPlan(threads, (), config.spin_us)
+        return ThreadPlan(threads, config.cpus[:threads], spin_us)
+    if config.threads:
+        return ThreadPlan(config.threads, (), spin_us)
+    if parted:
+        return ThreadPlan(cpu.default_threads(), cpu.default_cpus(), spin_us)
+    return ThreadPlan(cpu.allowed_threads(), (), spin_us)

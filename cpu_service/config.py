@@ -18,7 +18,8 @@ class CpuServiceConfig:
     """Folder for the socket that hands memory over; gpu_service must see it under the same path, as
     the same user."""
     threads: int = 0
-    """Attention threads of a session; 0 means the allowed cores less two, at least one."""
+    """Attention threads of a session; 0 means the allowed cores less two, or all of them where there
+    are fewer than four."""
     cpus: tuple[int, ...] = ()
     """CPUs to pin these threads to; empty means not pinned, or one each of the allowed CPUs when
     `threads` is 0."""
@@ -35,9 +36,9 @@ class CpuServiceConfig:
     """Largest sweep that a session may ask for."""
     max_lease_seconds: float = 600.0
     """Longest lease that a session may ask for."""
-    spin_us: int = 1000
+    spin_us: int = -1
     """How long an attention thread spins for work before it sleeps; more is faster and uses more
-    CPU."""
+    CPU. -1 means 1000, or 20 where fewer than four cores are allowed."""
     drain_grace_seconds: float = 35.0
     """How long SIGTERM waits for sessions to close; a little longer than the gpu_service's own."""
     metrics_port: int = 0
@@ -49,9 +50,11 @@ class CpuServiceConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field."""
-        for name in ("threads", "max_pool_gib", "spin_us", "drain_grace_seconds", "metrics_port"):
+        for name in ("threads", "max_pool_gib", "drain_grace_seconds", "metrics_port"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
+        if self.spin_us < -1:
+            raise ValueError("spin_us must not be negative, except for -1")
         for name in ("max_sessions", "max_rows", "max_lease_seconds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import kernels.cpu._neo_cpu as _neo_cpu
 from kernels.cpu.arrays import DType, activation_dtype, address
-from kernels.cpu.placement import default_cpus, default_threads
+from kernels.cpu.placement import allowed_threads, default_cpus, default_threads
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -22,6 +22,7 @@ __all__ = [
     "KvLayout",
     "KvPool",
     "ThreadPool",
+    "allowed_threads",
     "decode_attention",
     "default_cpus",
     "default_threads",

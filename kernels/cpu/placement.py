@@ -12,11 +12,17 @@ _SPARED_CPUS = 2
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def default_threads(cgroup: Path = _CGROUP) -> int:
-    """Allowed CPUs minus two, at least one, and no more than the CFS quota pays for."""
-    threads = max(len(os.sched_getaffinity(0)) - _SPARED_CPUS, 1)
+def allowed_threads(cgroup: Path = _CGROUP) -> int:
+    """Allowed CPUs, and no more than the CFS quota pays for."""
+    threads = len(os.sched_getaffinity(0))
     quota = quota_cpus(cgroup)
     return threads if quota is None else max(min(threads, int(quota)), 1)
+
+
+def default_threads(cgroup: Path = _CGROUP) -> int:
+    """Allowed CPUs minus two, at least one, and no more than the CFS quota pays for."""
+    spared = max(len(os.sched_getaffinity(0)) - _SPARED_CPUS, 1)
+    return min(spared, allowed_threads(cgroup))
 
 
 def default_cpus(cgroup: Path = _CGROUP) -> tuple[int, ...]:

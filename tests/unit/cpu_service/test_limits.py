@@ -76,18 +76,31 @@ def test_threads_follow_the_configuration() -> None:
     pinned = plan_threads(CpuServiceConfig(cpus=(allowed[0],)))
     assert (pinned.threads, pinned.cpus) == (1, (allowed[0],))
     default = plan_threads(CpuServiceConfig())
-    assert 1 <= default.threads <= max(len(allowed) - 2, 1)
+    assert 1 <= default.threads <= (len(allowed) - 2 if len(allowed) >= 4 else len(allowed))
     with pytest.raises(ValueError, match="CPU 9999"):
         plan_threads(CpuServiceConfig(cpus=(9999,)))
 
 
 @pytest.mark.parametrize(
+    ("cores", "threads", "spin_us"), [(1, 1, 20), (2, 2, 20), (3, 3, 20), (4, 2, 1000)]
+)
+def test_few_cores_are_shared_with_the_engine(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, spin_us: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    plan = plan_threads(CpuServiceConfig())
+    assert (plan.threads, plan.spin_us) == (threads, spin_us)
+    assert bool(plan.cpus) == (cores >= 4)
+    assert plan_threads(CpuServiceConfig(spin_us=7)).spin_us == 7
+
+
+@pytest.mark.parametrize(
     "field",
-    ["threads", "max_pool_gib", "spin_us", "drain_grace_seconds", "max_sessions", "max_rows"],
+    ["threads", "max_pool_gib", "drain_grace_seconds", "max_sessions", "max_rows", "spin_us"],
 )
 def test_configuration_is_checked(field: str) -> None:
     with pytest.raises(ValueError, match=field):
-        CpuServiceConfig(**{field: -1}).validate()  # type: ignore[arg-type]
+        CpuServiceConfig(**{field: -2}).validate()  # type: ignore[arg-type]
     CpuServiceConfig().validate()
 
 

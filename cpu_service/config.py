@@ -18,8 +18,8 @@ class CpuServiceConfig:
     """Folder for the socket that hands memory over; gpu_service must see it under the same path, as
     the same user."""
     threads: int = 0
-    """Attention threads of a session; 0 means the allowed cores less two, or all of them where there
-    are fewer than four."""
+    """Attention threads of a session; 0 means the allowed cores less two, or all of them if fewer
+    than four."""
     cpus: tuple[int, ...] = ()
     """CPUs to pin these threads to; empty means not pinned, or one each of the allowed CPUs when
     `threads` is 0."""

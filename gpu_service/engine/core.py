@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from gpu_service.engine.messages import Abort, Command, Load, Output, Shutdown, Submit, TierLoad
 from gpu_service.engine.statistics import IterationStatistics
 from gpu_service.model.sampling import SamplingRow
 from gpu_service.offload.host_tier import HostTier
-from gpu_service.pipeline.runner import PlanRunner
+from gpu_service.pipeline.launch import LaunchedSweep, Runner
 from gpu_service.scheduling.plan import IterationPlan, SweepResult, Tier
 from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.scheduler import Scheduler
@@ -47,8 +48,23 @@ class SamplingRows(Mapping[int, SamplingRow]):
         return len(self._running)
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """An iteration whose result has not been taken in."""
+
+    plan: IterationPlan
+    sweep: LaunchedSweep
+    started: float
+
+
 class EngineCore:
     """Owns the scheduler, the runner and the host tier. One thread.
+
+    While one sweep runs the next one is decided, prepared and queued behind it (the sampled tokens
+    stay on the device), wherever the runner and the scheduler can do without its result:
+
+        schedule n+1 | launch n+1 | take in n | schedule n+2 | ...
+        device: == sweep n ===============|== sweep n+1 =========
 
     while not core.is_done:
         core.handle(command) ...
@@ -58,7 +74,7 @@ class EngineCore:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: PlanRunner,
+        runner: Runner,
         host: HostTier,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,6 +87,8 @@ class EngineCore:
         self._tokens = dict.fromkeys(Tier, 0)
         self._stopping = False
         self._last_load: Load | None = None
+        self._flight: _Flight | None = None
+        self._landed_at = 0.0
         self.made_progress = False
         """The last `step` ran something, so the next one may have something to run, too."""
 
@@ -95,17 +113,34 @@ class EngineCore:
 
     def step(self) -> Output | None:
         """One iteration, if anything can run; None when there is nothing new to say."""
+        self.made_progress = self._flight is not None
+        if not self.scheduler.may_look_ahead:
+            self._land()
         started = self._clock()
         self.host.poll()
         self.scheduler.host_state(self.host.state, started)
         plan = self.scheduler.schedule(started)
-        self.made_progress = not plan.is_empty
-        if self.made_progress:
-            result = self._runner.run(plan, self._sampling)
-            self._count(plan, result, started)
-        elif self.scheduler.live_requests == 0:
+        if plan.is_empty:
+            self._land()
+        else:
+            self.made_progress = True
+            flight = _Flight(plan, self._runner.launch(plan, self._sampling), started)
+            self.scheduler.launched(plan)
+            self._land()
+            self._flight = flight
+            if flight.sweep.is_done:
+                self._land()
+        if self.scheduler.live_requests == 0 and self._flight is None:
             self._statistics.idle()
         return self._output()
+
+    def _land(self) -> None:
+        """Wait for the sweep in flight, if there is one, and take its result in."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            result = flight.sweep.result()
+            self._count(flight.plan, result, max(flight.started, self._landed_at))
+            self._landed_at = self._clock()
 
     def close(self) -> None:
         """End the session with the cpu_service."""

@@ -12,6 +12,7 @@ from gpu_service.model.sampling import Sampler, SamplingRow
 from gpu_service.offload.host_tier import HostTierStalled
 from gpu_service.pipeline.batch import DeviceBatch, device_batch
 from gpu_service.pipeline.inline import run_inline
+from gpu_service.pipeline.launch import DoneSweep
 from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts, LaneOutcome
 from gpu_service.scheduling.plan import (
@@ -39,6 +40,9 @@ class PlanRunner:
         self._parts = parts
         self._sampler = sampler
         self._migrator = migrator
+
+    def launch(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> DoneSweep:
+        return DoneSweep(self.run(plan, sampling))
 
     @torch.inference_mode()
     def run(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> SweepResult:

@@ -68,7 +68,11 @@ def _chunk(choice: Choice, tier: Tier, end: int) -> PrefillRow:
 
 def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
     """Rows of the choices that already hold blocks."""
-    ready = [choice for choice in state.running if choice.tier and state.usable(choice.tier)]
+    ready = [
+        choice
+        for choice in state.running
+        if choice.tier and state.usable(choice.tier) and not choice.is_ending
+    ]
     decoding = [choice for choice in ready if choice.is_decoding]
     for choice in _fair(decoding, batch.budget):
         batch.add(choice)

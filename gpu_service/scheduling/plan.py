@@ -40,6 +40,10 @@ class Mode(enum.Enum):
     INLINE = "inline"
 
 
+PENDING_TOKEN = -1
+"""Stands for a token that has been drawn on the device and not been heard of yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Migration:
     """Copy one choice's KV to the other tier before the sweep starts.
@@ -65,6 +69,7 @@ class DecodeRow:
 
     key: int
     token_id: int
+    """`PENDING_TOKEN` if the sweep before this one draws it and its result is not known yet."""
     length: int
     """Tokens attended, this one included; its position is `length - 1`."""
     blocks: npt.NDArray[np.int32]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import enum
 
-from gpu_service.engine.messages import Submit
+from gpu_service.engine.messages import SamplingSpec, Submit
 from gpu_service.kv.table import BlockTable
-from gpu_service.scheduling.plan import Tier
+from gpu_service.scheduling.plan import PENDING_TOKEN, Tier
 
 
 class ChoiceState(enum.Enum):
@@ -27,18 +27,23 @@ class Choice:
     """One of a request's n continuations: the unit that is scheduled.
 
     Its tokens are the prompt's and then `output`; KV of the first `computed` of them is in `table`
-    on `tier`. Between iterations a decoding choice has `computed == length - 1`: the last token is
-    known but has not been through the model.
+    on `tier`. Between iterations a decoding choice has `computed == length - 1`: the last token has
+    been drawn but has not been through the model.
+
+    `schedule` may run ahead of results: `pending` tokens have been drawn by sweeps that were
+    launched, and count in `length`, but nobody knows them yet.
     """
 
     __slots__ = (
         "__weakref__",
         "computed",
+        "forgotten",
         "index",
         "key",
         "last_planned",
         "order",
         "output",
+        "pending",
         "request",
         "state",
         "table",
@@ -58,12 +63,16 @@ class Choice:
         self.table = BlockTable()
         self.order = (-request.submit.priority, request.submit.arrival, key)
         """Smaller goes first: priority, then first come, first served."""
+        self.pending = 0
+        """Tokens drawn by sweeps whose results have not come yet."""
+        self.forgotten = 0
+        """Results of sweeps up to this number do not count: its KV was thrown away after them."""
         self.last_planned = 0
         """Number of the last iteration that took this choice along."""
 
     @property
     def length(self) -> int:
-        return len(self.request.prompt) + len(self.output)
+        return len(self.request.prompt) + len(self.output) + self.pending
 
     @property
     def final_length(self) -> int:
@@ -74,6 +83,11 @@ class Choice:
     def is_decoding(self) -> bool:
         return self.computed == self.length - 1
 
+    @property
+    def is_ending(self) -> bool:
+        """The last token it may have is pending."""
+        return len(self.output) + self.pending >= self.request.max_tokens
+
     def token_ids(self, start: int, end: int) -> tuple[int, ...]:
         prompt = self.request.prompt
         split = len(prompt)
@@ -82,6 +96,8 @@ class Choice:
         return (*prompt[start:split], *self.output[max(0, start - split) : end - split])
 
     def last_token_id(self) -> int:
+        if self.pending:
+            return PENDING_TOKEN
         return self.output[-1] if self.output else self.request.prompt[-1]
 
     def length_after(self, tokens: int) -> int:
@@ -94,6 +110,7 @@ class Choice:
         """Append a sampled token; returns (finish, stop_token_id) as in `ChoiceDelta`."""
         sampling = self.request.submit.sampling
         self.output.append(token_id)
+        self.pending -= 1
         if len(self.output) >= sampling.min_tokens:
             if token_id in self.request.stop_token_ids:
                 return "stop", token_id
@@ -127,6 +144,8 @@ class Request:
         """Moves, by the tier they went to."""
         self.recomputations = 0
         self.cached_prompt_tokens = 0
+        self.follows_output = _follows_output(submit.sampling)
+        """Its next draw needs to know its output on the host."""
         self.wants_prompt_logprobs = submit.sampling.prompt_logprobs is not None
         """Turns False once they have been told."""
 
@@ -137,3 +156,13 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
+
+
+def _follows_output(sampling: SamplingSpec) -> bool:
+    return (
+        sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+        or sampling.logprobs is not None
+        or sampling.prompt_logprobs is not None
+    )

@@ -32,7 +32,11 @@ def grow(state: SchedulerState) -> list[Migration]:
             continue
         for choice in state.running_on(tier):
             # A choice that made room for an older one has moved on or waits.
-            while choice.tier is tier and not state.reserve(choice, choice.length):
+            while (
+                choice.tier is tier
+                and not choice.is_ending
+                and not state.reserve(choice, choice.length)
+            ):
                 moved = _make_room(state, tier)
                 if moved is not None:
                     migrations.append(moved)

@@ -2,7 +2,7 @@
 
 submit / abort / host_state ...   whenever they come
 plan = schedule(now)              decisions in order: deadlines, growth, promotion, batch, admission
-... the pipeline runs the plan ...
+launched(plan)                    the pipeline has begun with it
 update(plan, result, now)         tokens, ends, repeats
 take_news()                       for the front end
 """
@@ -126,7 +126,10 @@ class Scheduler:
     # -- the iteration -----------------------------------------------------------------------
 
     def schedule(self, now: float) -> IterationPlan:
-        """Decide the next iteration. Blocks change hands here; tokens are counted in `update`."""
+        """Decide the next iteration. Blocks change hands here.
+
+        The sweep before it may still be running if `may_look_ahead`: whatever it draws is then
+        pending."""
         self.iterations += 1
         state = self.state
         self._drop_expired(now)
@@ -160,8 +163,33 @@ class Scheduler:
             if m.tokens and m.key in running and running[m.key].computed == m.tokens
         )
 
+    @property
+    def may_look_ahead(self) -> bool:
+        """The next iteration can be decided without the result of the one that runs.
+
+        Not so with host rows, whose results may be void; nor where the next draw depends on the
+        last."""
+        return all(
+            choice.tier is Tier.GPU and not choice.request.follows_output
+            for choice in self.state.running
+        )
+
+    def launched(self, plan: IterationPlan) -> None:
+        """The plan's sweep has begun: its rows count as computed from now on."""
+        self.state.launched = plan.number
+        for batch in plan.batches:
+            for chunk in batch.prefill:
+                self._launch(chunk.key, len(chunk.token_ids))
+            for row in itertools.chain(batch.gpu_decode, batch.host_decode):
+                self._launch(row.key, 1)
+
+    def _launch(self, key: int, tokens: int) -> None:
+        choice = self.state.running_by_key[key]
+        choice.computed += tokens
+        choice.pending += choice.computed == choice.length
+
     def update(self, plan: IterationPlan, result: SweepResult, now: float) -> None:
-        """Take in what became of a plan that `schedule` made."""
+        """Take in what became of a plan that was `launched`; plans come in their order."""
         for key in result.lost:
             choice = self.state.running_by_key.get(key)
             if choice is not None:
@@ -169,9 +197,11 @@ class Scheduler:
                 self.state.preempt(choice)
         for batch in plan.batches:
             for chunk in batch.prefill:
-                self._advance(chunk.key, len(chunk.token_ids), result, now)
-            for row in itertools.chain(batch.gpu_decode, batch.host_decode):
-                self._advance(row.key, 1, result, now)
+                self._arrive(plan, chunk.key, chunk.tier, len(chunk.token_ids), result, now)
+            for row in batch.gpu_decode:
+                self._arrive(plan, row.key, Tier.GPU, 1, result, now)
+            for row in batch.host_decode:
+                self._arrive(plan, row.key, Tier.HOST, 1, result, now)
 
     def observe_host_sweep(self, milliseconds: float) -> None:
         """How long an iteration with host decode rows took; decides who may promise a tpot on the
@@ -208,24 +238,34 @@ class Scheduler:
 
     # -- within ------------------------------------------------------------------------------
 
-    def _advance(self, key: int, tokens: int, result: SweepResult, now: float) -> None:
+    def _arrive(
+        self,
+        plan: IterationPlan,
+        key: int,
+        tier: Tier,
+        tokens: int,
+        result: SweepResult,
+        now: float,
+    ) -> None:
+        """A row's result; those of choices that ended or began anew meanwhile do not count."""
         choice = self.state.running_by_key.get(key)
-        if choice is None or key in result.void or key in result.lost:
+        if choice is None or plan.number <= choice.forgotten:
             return
         failure = result.failed.get(key)
         if failure is not None:
             self._fail(choice.request, failure)
-            return
-        choice.computed += tokens
-        self._collect_prompt_logprobs(choice, result)
-        if choice.computed < choice.length:
-            return
-        self._accept(choice, result.tokens[key], now)
+        elif key in result.void:
+            assert plan.number == self.state.launched, "sweeps that may be void are not overlapped"
+            choice.pending = 0
+            choice.computed -= tokens
+        else:
+            self._collect_prompt_logprobs(choice, result)
+            if key in result.tokens:
+                self._accept(choice, tier, result.tokens[key], now)
 
-    def _accept(self, choice: Choice, token: SampledToken, now: float) -> None:
+    def _accept(self, choice: Choice, tier: Tier, token: SampledToken, now: float) -> None:
         request = choice.request
-        assert choice.tier is not None
-        request.tokens[choice.tier] += 1
+        request.tokens[tier] += 1
         if request.first_token is None:
             request.first_token = now
         if len(request.choices) > 1:

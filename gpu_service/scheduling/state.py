@@ -37,6 +37,8 @@ class SchedulerState:
         (a stopped peer may still write into blocks that it was told of)."""
         self.host_sweep_ms: float | None = None
         """Moving average of iterations with host decode rows; None until there was one."""
+        self.launched = 0
+        """Number of the last sweep whose results may still come."""
         self.recomputations = 0
         self.migrations = dict.fromkeys(Tier, 0)
 
@@ -152,7 +154,8 @@ class SchedulerState:
         if choice.computed:
             choice.request.recomputations += 1
             self.recomputations += 1
-        choice.computed = 0
+        choice.computed = choice.pending = 0
+        choice.forgotten = self.launched
         choice.state = ChoiceState.WAITING
         self.waiting.push(choice)
 
@@ -209,6 +212,7 @@ class SchedulerState:
         for choice in self.running:
             assert self.running_by_key[choice.key] is choice
             assert 0 <= choice.computed < choice.length
+            assert choice.pending >= 0
             assert len(choice.table) >= blocks_for(choice.computed, size)
             # Only full blocks of the prompt may be shared: nobody ever writes into those again.
             assert choice.tier is not None

@@ -11,7 +11,7 @@ from gpu_service.engine.messages import Submit
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling.plan import IterationPlan, SweepResult, Tier
 from gpu_service.scheduling.scheduler import Scheduler
-from tests.support.fake_model import Machine, expected_output, limits, submit
+from tests.support.fake_model import Machine, expected_output, limits, submit, token_at
 
 
 def workload(seed: int, count: int, longest: int = 40) -> list[Submit]:
@@ -30,8 +30,8 @@ def workload(seed: int, count: int, longest: int = 40) -> list[Submit]:
     ]
 
 
-def run_all(requests: list[Submit], **changes: object) -> Machine:
-    machine = Machine(Scheduler(limits(**changes)))
+def run_all(requests: list[Submit], *, look_ahead: bool = False, **changes: object) -> Machine:
+    machine = Machine(Scheduler(limits(**changes)), look_ahead=look_ahead)
     for request in requests:
         machine.submit(request)
     machine.run()
@@ -58,6 +58,38 @@ def test_every_request_gets_its_tokens_once(seed: int, offload: str) -> None:
     machine = run_all(requests, offload=offload)
     assert not machine.refused
     check_outputs(machine, requests)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("offload", ["never", "auto"])
+@pytest.mark.parametrize("gpu_blocks", [16, 20, 60])
+def test_deciding_ahead_of_results_changes_no_token(
+    seed: int, offload: str, gpu_blocks: int
+) -> None:
+    requests = workload(seed, 24)
+    machine = run_all(requests, look_ahead=True, offload=offload, gpu_blocks=gpu_blocks)
+    assert machine.looked_ahead > (40 if offload == "never" else 0)
+    check_outputs(machine, requests)
+
+
+def test_deciding_ahead_computes_no_token_that_cannot_be_used() -> None:
+    """Ends by length are known in advance; only ends by a token cost a row."""
+    requests = [submit(f"r{i}", 9, 5 + i % 7) for i in range(12)]
+    machine = run_all(requests, look_ahead=True, offload="never", gpu_blocks=64)
+    rows = sum(len(batch.gpu_decode) for plan in machine.plans for batch in plan.batches)
+    assert rows == sum(request.sampling.max_tokens - 1 for request in requests)
+
+
+def test_a_row_behind_the_end_of_its_choice_is_dropped() -> None:
+    """The end-of-sequence token is heard of one iteration late."""
+    requests = [submit(f"r{i}", 9 + i, 20) for i in range(6)]
+    ends = {token_at(r.prompt_token_ids, len(r.prompt_token_ids) + 4) for r in requests}
+    machine = run_all(requests, look_ahead=True, eos_token_ids=frozenset(ends))
+    for request in requests:
+        expected = expected_output(request)
+        stop = next(i for i, token in enumerate(expected) if token in ends)
+        assert machine.outputs[request.request_id, 0] == expected[: stop + 1]
+        assert machine.finished[request.request_id, 0] == "stop"
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
@@ -171,11 +203,13 @@ def test_promotion_and_demotion_do_not_ping_pong(seed: int) -> None:
                 assert second - first >= 8, "demoted again right after its promotion"
 
 
+@pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_aborts_leave_nothing_behind(seed: int) -> None:
+def test_random_aborts_leave_nothing_behind(seed: int, look_ahead: bool) -> None:
     draw = random.Random(seed)
     requests = workload(seed + 50, 30)
-    machine = Machine(Scheduler(limits(force_migration_every=draw.choice((0, 3)))))
+    bounds = limits(force_migration_every=draw.choice((0, 3)))
+    machine = Machine(Scheduler(bounds), look_ahead=look_ahead)
     waiting, aborted = list(requests), set()
     while waiting or machine.scheduler.live_requests:
         for _ in range(draw.randint(0, 2)):
@@ -194,13 +228,15 @@ def test_random_aborts_leave_nothing_behind(seed: int) -> None:
     check_outputs(machine, untouched)
 
 
+@pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_stalls_lost_migrations_and_outages_lose_nothing(seed: int) -> None:
+def test_stalls_lost_migrations_and_outages_lose_nothing(seed: int, look_ahead: bool) -> None:
     """Void rows are repeated, lost KV is computed again, and choices on the host wait out an
     outage."""
     draw = random.Random(seed)
     requests = workload(seed + 90, 20)
-    machine = Machine(Scheduler(limits(force_migration_every=draw.choice((0, 4)))))
+    bounds = limits(force_migration_every=draw.choice((0, 4)))
+    machine = Machine(Scheduler(bounds), look_ahead=look_ahead)
     for request in requests:
         machine.submit(request)
 

@@ -13,6 +13,7 @@ from gpu_service.engine.messages import RequestUsage, SamplingSpec, Submit
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import (
+    PENDING_TOKEN,
     IterationPlan,
     SampledToken,
     SweepResult,
@@ -95,7 +96,9 @@ class Machine:
         self,
         scheduler: Scheduler,
         seconds: Callable[[IterationPlan], float] = sweep_seconds,
+        look_ahead: bool = False,
     ) -> None:
+        """`look_ahead`: results come one iteration late wherever the scheduler allows it."""
         self.scheduler = scheduler
         self.now = 0.0
         self.host = HostTierState.UP
@@ -107,27 +110,47 @@ class Machine:
         self.first_token: dict[str, float] = {}
         self._seconds = seconds
         self._books = Books()
+        self._look_ahead = look_ahead
+        self._flight: tuple[IterationPlan, SweepResult] | None = None
+        self.looked_ahead = 0
 
     def submit(self, request: Submit) -> None:
         self.scheduler.submit(request, self.now)
 
     def step(self, spoil: Spoil | None = None) -> bool:
         """One iteration; False when nothing could run. `spoil` may replace the result."""
+        if not self.scheduler.may_look_ahead:
+            self._land()
+        self.looked_ahead += self._flight is not None
         self.scheduler.host_state(self.host, self.now)
         plan = self.scheduler.schedule(self.now)
         self.plans.append(plan)
         self.scheduler.state.check_integrity()
         if plan.is_empty:
+            landed = self._land()
             self._hear()
-            return False
+            return landed
         self._check_limits(plan)
         self.now += self._seconds(plan)
         result = self._run(plan)
         if spoil is not None:
             result = spoil(plan, result)
-        self.scheduler.update(plan, result, self.now)
+        self.scheduler.launched(plan)
+        self.scheduler.state.check_integrity()
+        self._land()
+        self._flight = plan, result
+        if not self._look_ahead or result.void or result.lost:
+            self._land()
         self.scheduler.state.check_integrity()
         self._hear()
+        return True
+
+    def _land(self) -> bool:
+        if self._flight is None:
+            return False
+        plan, result = self._flight
+        self._flight = None
+        self.scheduler.update(plan, result, self.now)
         return True
 
     def run(self, steps: int = 10_000) -> None:
@@ -178,14 +201,19 @@ class Machine:
             decode += [(Tier.HOST, r) for r in batch.host_decode]
             for tier, row in decode:
                 start = row.length - 1
-                assert row.token_id == self._known(row.key)[-1]
+                choice = self.scheduler.state.running_by_key[row.key]
+                known = PENDING_TOKEN if choice.pending else self._known(row.key)[-1]
+                assert row.token_id == known
                 self._store(row.key, tier, row.blocks, start, row.length, size)
                 tokens[row.key] = self._next(row.key, row.length)
         return SweepResult(tokens=tokens)
 
     def _known(self, key: int) -> tuple[int, ...]:
         choice = self.scheduler.state.running_by_key[key]
-        return choice.token_ids(0, choice.length)
+        sure = choice.length - choice.pending
+        prompt = choice.request.prompt
+        drawn = (token_at(prompt, position) for position in range(sure, choice.length))
+        return (*choice.token_ids(0, sure), *drawn)
 
     def _store(self, key: int, tier: Tier, blocks: object, start: int, end: int, size: int) -> None:
         """Check that KV of all tokens before `start` is there, then store up to `end`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -168,21 +169,29 @@ def check_silu_mul(rows: int, width: int, dtype: torch.dtype, device: str) -> No
     assert error(out, truth) <= BOUND * error(theirs, truth) + 1e-6
 
 
-def check_rope_store(case: DecodeCase, tokens: int, *, normed: bool, device: str) -> None:
+def check_rope_store(
+    case: DecodeCase,
+    tokens: int,
+    *,
+    normed: bool,
+    device: str,
+    kernel: Callable[..., None] = rope_store,
+) -> None:
     torch.manual_seed(tokens)
     dim, half = case.head_dim, case.head_dim // 2
-    layout = GpuKvLayout(1, 4, case.kv_heads, case.block_tokens, dim)
+    blocks = tokens // case.block_tokens + 4
+    layout = GpuKvLayout(1, blocks, case.kv_heads, case.block_tokens, dim)
     heads = case.query_heads + 2 * case.kv_heads
     qkv = torch.randn(tokens, heads, dim, device=device).to(case.dtype)
     positions = torch.randint(0, 50, (tokens,), device=device)
-    slots = torch.randperm(4 * case.block_tokens, device=device)[:tokens]
+    slots = torch.randperm(blocks * case.block_tokens, device=device)[:tokens]
     slots[-1] = -1
     angles = torch.outer(torch.arange(50.0), 1e4 ** -(torch.arange(half) / half)).to(device)
     cos_sin = torch.stack([angles.cos(), angles.sin()], 1).contiguous()
     norm = torch.randn(2, dim, device=device).to(case.dtype) if normed else None
     q = torch.full((tokens, case.query_heads, dim), float("nan"), device=device).to(case.dtype)
     cache = torch.full(layout.shape[1:], 7.0, device=device).to(case.dtype)
-    rope_store(qkv, cos_sin, positions, slots, q, cache, layout, qk_norm=norm, eps=1e-5)
+    kernel(qkv, cos_sin, positions, slots, q, cache, layout, qk_norm=norm, eps=1e-5)
 
     x = qkv.double()
     if norm is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from kernels.gpu import rope_store
 from kernels.gpu.decode_attention import DecodeAttention
 from kernels.gpu.tensors import INTERPRET
 from tests.support.gpu_cases import (
@@ -20,6 +22,7 @@ from tests.support.gpu_cases import (
     check_silu_mul,
     decode_inputs,
 )
+from tests.support.mutants import mutated
 
 DEVICE = "cpu" if INTERPRET else "cuda"
 RAGGED = (1, 15, 16, 17, 0, 70)
@@ -82,6 +85,31 @@ def test_silu_mul(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_rope_store(name: str, normed: bool, dtype: torch.dtype) -> None:
     check_rope_store(replace(CASES[name], dtype=dtype), 5, normed=normed, device=DEVICE)
+
+
+@pytest.mark.parametrize("tokens", [255, 256])
+def test_rope_store_of_few_and_many_tokens(tokens: int) -> None:
+    check_rope_store(CASES["smollm2"], tokens, normed=True, device=DEVICE)
+
+
+ROPE_MUTANTS = {
+    "values rotated": ("head >= QUERY_HEADS + KV_HEADS", "head >= QUERY_HEADS + KV_HEADS + 1"),
+    "last key as it is": ("head >= QUERY_HEADS + KV_HEADS", "head >= QUERY_HEADS + KV_HEADS - 1"),
+    "turned the other way": ("x * cos - y * sin", "x * cos + y * sin"),
+    "weights exchanged": ("tl.where(is_query, 0, DIM)", "tl.where(is_query, DIM, 0)"),
+    "norm of one half": ("tl.sum(x * x, 1) + tl.sum(y * y, 1)", "2 * tl.sum(x * x, 1)"),
+    "no eps": ("/ DIM + eps", "/ DIM + 0.01 + eps"),
+    "wrong place in the block": ("(slot % BLOCK) * DIM", "((slot + 1) % BLOCK) * DIM"),
+    "K and V exchanged": ("offset = (head - QUERY_HEADS)", "offset = (all_heads - 1 - head)"),
+    "heads left out": ("triton.cdiv(all_heads, heads)", "max(1, all_heads // heads)"),
+}
+
+
+@pytest.mark.parametrize("name", ROPE_MUTANTS)
+def test_rope_mutants_are_found(name: str, tmp_path: Path) -> None:
+    kernel = mutated(rope_store, *ROPE_MUTANTS[name], tmp_path).rope_store
+    with pytest.raises(AssertionError):
+        check_rope_store(CASES["smollm2"], 5, normed=True, device=DEVICE, kernel=kernel)
 
 
 def test_wrong_arguments_are_sentences() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,14 +18,17 @@ from gpu_service.offload.factory import open_host_tier
 from gpu_service.offload.host_tier import HostTier
 from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
 from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv
+from gpu_service.pipeline.launch import Runner
 from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts
 from gpu_service.pipeline.runner import PlanRunner
-from gpu_service.pipeline.torch_kv import TorchDeviceKv
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.scheduler import Scheduler
 from kernels.cpu import ThreadPool
 from neo_common.model_spec import ModelSpec
+
+if TYPE_CHECKING:
+    from gpu_service.pipeline.cuda.runner import CudaSweeps
 
 _GIB = 1 << 30
 
@@ -55,7 +59,22 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
     )
     geometry = geometry_of(spec, config.block_tokens)
     pool = ThreadPool(threads) if device.type == "cpu" else None
-    gpu = open_device_kv(config, geometry, model.dtype, device, pool)
+    sweeps: CudaSweeps | None = None
+    gpu: DeviceKv
+    if pool is None:
+        # Imports Triton, which `--device cpu` does without.
+        from gpu_service.pipeline.cuda.build import CudaLimits, open_cuda
+
+        limits = CudaLimits(
+            max_running=min(config.max_running_requests, config.max_batch_tokens),
+            max_batch_tokens=config.max_batch_tokens,
+            max_context_tokens=max_context(config, spec),
+            memory_utilization=config.gpu_memory_utilization,
+            kv_blocks=config.gpu_kv_blocks,
+        )
+        gpu, sweeps = open_cuda(model, geometry, limits, progress or (lambda *_: None))
+    else:
+        gpu = open_cpu_kv(config, geometry, model.dtype, pool)
     host = open_host_tier(
         config,
         spec,
@@ -64,7 +83,7 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
         max_context_tokens=max_context(config, spec),
         threads=pool,
     )
-    return assemble(config, model, geometry, gpu, host, pool)
+    return assemble(config, model, geometry, gpu, host, pool, sweeps)
 
 
 def assemble(
@@ -74,8 +93,9 @@ def assemble(
     gpu: DeviceKv,
     host: HostTier,
     threads: ThreadPool | None,
+    sweeps: CudaSweeps | None = None,
 ) -> BuiltCore:
-    """A core from its parts; tests pass a host tier of their own."""
+    """A core from its parts; tests pass a host tier of their own. `sweeps`: on a CUDA device."""
     spec = model.spec
     # Longer requests would fit on neither tier.
     capacity = max(gpu.blocks, host.blocks) * config.block_tokens
@@ -96,7 +116,11 @@ def assemble(
         )
     )
     parts = EngineParts(model, geometry, gpu, host)
-    runner = PlanRunner(parts, Sampler(spec.eos_token_ids), Migrator(parts, threads))
+    sampler = Sampler(spec.eos_token_ids)
+    inline = PlanRunner(parts, sampler, Migrator(parts, threads))
+    runner: Runner = inline
+    if sweeps is not None:
+        runner = sweeps.runner(sampler, inline)
     ready = Ready(
         max_context_tokens=context,
         gpu_blocks=gpu.blocks,
@@ -151,41 +175,18 @@ def geometry_of(spec: ModelSpec, block_tokens: int) -> AttentionGeometry:
     )
 
 
-def open_device_kv(
-    config: GpuServiceConfig,
-    geometry: AttentionGeometry,
-    dtype: torch.dtype,
-    device: torch.device,
-    threads: ThreadPool | None,
-) -> DeviceKv:
-    """The GPU tier's pool, as large as configured."""
-    block_bytes = (
-        2
-        * geometry.layers
-        * geometry.kv_heads
-        * geometry.head_dim
-        * geometry.block_tokens
-        * dtype.itemsize
-    )
-    if device.type == "cpu":
-        assert threads is not None
-        block_bytes = layout_of(geometry, dtype).pool_bytes(1)
-        blocks = config.gpu_kv_blocks or int(config.gpu_kv_gib * _GIB) // block_bytes
-        if blocks < 1:
-            raise ValueError(f"gpu_kv_gib is smaller than one KV block of {block_bytes} bytes")
-        try:
-            return CpuDeviceKv(geometry, dtype, blocks, threads)
-        except OSError as error:
-            raise ValueError(
-                f"gpu_kv_blocks: {blocks} blocks take {blocks * block_bytes / _GIB:.1f} GiB, "
-                "which this machine does not have"
-            ) from error
-    free, total = torch.cuda.mem_get_info(device)
-    spare = int(free - (1 - config.gpu_memory_utilization) * total)
-    blocks = config.gpu_kv_blocks or spare // block_bytes
-    if blocks < 1 or blocks * block_bytes > free:
+def open_cpu_kv(
+    config: GpuServiceConfig, geometry: AttentionGeometry, dtype: torch.dtype, threads: ThreadPool
+) -> CpuDeviceKv:
+    """The "GPU" pool of `--device cpu`, as large as configured."""
+    block_bytes = layout_of(geometry, dtype).pool_bytes(1)
+    blocks = config.gpu_kv_blocks or int(config.gpu_kv_gib * _GIB) // block_bytes
+    if blocks < 1:
+        raise ValueError(f"gpu_kv_gib is smaller than one KV block of {block_bytes} bytes")
+    try:
+        return CpuDeviceKv(geometry, dtype, blocks, threads)
+    except OSError as error:
         raise ValueError(
-            f"gpu_memory_utilization: {free / _GIB:.1f} of {total / _GIB:.1f} GiB are free beside "
-            f"the weights, too little for {max(blocks, 1)} KV blocks of {block_bytes} bytes"
-        )
-    return TorchDeviceKv(geometry, dtype, blocks, device)
+            f"gpu_kv_blocks: {blocks} blocks take {blocks * block_bytes / _GIB:.1f} GiB, "
+            "which this machine does not have"
+        ) from error

@@ -33,16 +33,20 @@ class SamplingRow:
 
 
 def adjusted(
-    logits: torch.Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]
+    logits: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    positions: Sequence[int],
+    eos_token_ids: Sequence[int],
 ) -> torch.Tensor:
     """`logits` [rows, vocab] as the rows wish; the argument itself where they wish nothing.
+    `positions`: number of the output token that each row draws, counted from 0.
 
     Order: repetition penalty, frequency and presence penalties, bias, then the tokens masked by
     `min_tokens`.
     """
     penalised = [i for i, row in enumerate(rows) if _is_penalised(row.spec)]
     biased = [i for i, row in enumerate(rows) if row.spec.logit_bias]
-    muted = [i for i, row in enumerate(rows) if len(row.output_token_ids) < row.spec.min_tokens]
+    muted = [i for i, row in enumerate(rows) if positions[i] < row.spec.min_tokens]
     if not (penalised or biased or muted):
         return logits
     logits = logits.clone()

@@ -36,6 +36,15 @@ class Linear:
         )
         return out
 
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """The same into `out` [rows, outputs]; allocates nothing on a CUDA device."""
+        if self._packed:
+            out.copy_(self(x))
+        elif self._bias is None:
+            torch.mm(x, self._weight.t(), out=out)
+        else:
+            torch.addmm(self._bias, x, self._weight.t(), out=out)
+
 
 def _can_pack(weight: torch.Tensor) -> bool:
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:

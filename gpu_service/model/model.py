@@ -38,7 +38,9 @@ _LOAD_THREADS = 4
 
 
 @dataclass(frozen=True)
-class _Layer:
+class LayerWeights:
+    """One layer, fused as it is multiplied: `qkv` is Q above K above V, `gate_up` gate above up."""
+
     input_norm: torch.Tensor
     qkv: Linear
     qk_norm: torch.Tensor | None
@@ -60,7 +62,7 @@ class CausalLM:
     def __init__(
         self,
         spec: ModelSpec,
-        layers: list[_Layer],
+        layers: list[LayerWeights],
         embedding: torch.Tensor,
         final_norm: torch.Tensor,
         head: Linear,
@@ -68,18 +70,18 @@ class CausalLM:
         self.spec = spec
         self.dtype = embedding.dtype
         self.device = embedding.device
-        self._layers = layers
-        self._embedding = embedding
-        self._final_norm = final_norm
-        self._head = head
-        self._rope = rope_table(
+        self.layers = layers
+        self.embedding = embedding
+        self.final_norm = final_norm
+        self.head = head
+        self.rope = rope_table(
             spec.rope, spec.head_dim, spec.max_context_tokens, self.dtype, self.device
         )
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`token_ids` [tokens] int64 -> state."""
-        return functional.embedding(token_ids, self._embedding)
+        return functional.embedding(token_ids, self.embedding)
 
     @torch.inference_mode()
     def pre_projection(
@@ -87,7 +89,7 @@ class CausalLM:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What attention needs: contiguous `q` [tokens, query_heads, head_dim], `k` and `v`
         [tokens, kv_heads, head_dim], rotated. `positions` [tokens] int64 counts from 0."""
-        spec, weight = self.spec, self._layers[layer]
+        spec, weight = self.spec, self.layers[layer]
         tokens, rotated_heads = state.shape[0], spec.query_heads + spec.kv_heads
         qkv = weight.qkv(self._norm(state, weight.input_norm))
         split = rotated_heads * spec.head_dim
@@ -95,7 +97,7 @@ class CausalLM:
         v = qkv[:, split:].view(tokens, spec.kv_heads, spec.head_dim)
         if weight.qk_norm is not None:
             qk = torch.rms_norm(qk, (spec.head_dim,), None, spec.norm_eps) * weight.qk_norm
-        cos_sin = self._rope.index_select(0, positions)
+        cos_sin = self.rope.index_select(0, positions)
         swapped = qk.roll(spec.head_dim // 2, -1)
         rotated = (qk * cos_sin[:, :1]).addcmul_(swapped, cos_sin[:, 1:])
         q, k = rotated[:, : spec.query_heads], rotated[:, spec.query_heads :]
@@ -106,7 +108,7 @@ class CausalLM:
         """The layer's end: `o` [tokens, query_heads, head_dim] is attention's result.
 
         Reuses `state`'s memory: the argument is void afterwards."""
-        weight = self._layers[layer]
+        weight = self.layers[layer]
         state = state.add_(weight.output(o.reshape(o.shape[0], -1)))
         gate_up = weight.gate_up(self._norm(state, weight.post_norm))
         inner = self.spec.intermediate_size
@@ -117,7 +119,7 @@ class CausalLM:
     def logits(self, state: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """fp32 `[rows, vocab]` of the state after the last layer; `rows` int64, None means all."""
         chosen = state if rows is None else state.index_select(0, rows)
-        return self._head(self._norm(chosen, self._final_norm)).float()
+        return self.head(self._norm(chosen, self.final_norm)).float()
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.rms_norm(x, (self.spec.hidden_size,), weight, self.spec.norm_eps)
@@ -179,7 +181,7 @@ class _Loader:
         head = Linear(embedding if self._spec.tied_embeddings else self._tensor(weights.HEAD))
         done = self._total - sum(map(self._layer_bytes, range(self._spec.layers)))
         self._progress("weights", done, self._total)
-        layers: list[_Layer] = []
+        layers: list[LayerWeights] = []
         with ThreadPoolExecutor(_LOAD_THREADS, thread_name_prefix="weights") as pool:
             for index, layer in enumerate(pool.map(self._layer, range(self._spec.layers))):
                 layers.append(layer)
@@ -191,13 +193,13 @@ class _Loader:
         shapes = weights.layer_tensors(self._spec, index).values()
         return self._dtype.itemsize * sum(map(_elements, shapes))
 
-    def _layer(self, index: int) -> _Layer:
+    def _layer(self, index: int) -> LayerWeights:
         with torch.inference_mode():  # a property of the thread
             spec, prefix = self._spec, f"model.layers.{index}."
             attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
             qkv = [f"{attention}{letter}_proj." for letter in "qkv"]
             output_bias = self._tensor(f"{attention}o_proj.bias") if spec.output_bias else None
-            return _Layer(
+            return LayerWeights(
                 input_norm=self._tensor(f"{prefix}input_layernorm.weight"),
                 qkv=Linear(
                     self._tensor(*(f"{name}weight" for name in qkv)),

@@ -51,8 +51,14 @@ class Sampler:
         self._eos = tuple(eos_token_ids)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: Sequence[SamplingRow],
+        positions: Sequence[int] | None = None,
+    ) -> Sampled:
         """One token for each row of `logits` [rows, vocab] fp32, which is left as it is.
+        `positions`: number of the output token to draw; None where the rows know all before it.
 
         Temperature 0 takes the largest adjusted logit (the first of equals). Otherwise: logits are
         divided by the temperature; top-k keeps the k largest, top-p the smallest set of those whose
@@ -62,7 +68,9 @@ class Sampler:
         """
         if logits.shape[0] != len(rows) or logits.dtype != torch.float32:
             raise ValueError(f"logits {list(logits.shape)} {logits.dtype} for {len(rows)} rows")
-        changed = adjusted(logits, rows, self._eos)
+        if positions is None:
+            positions = [len(row.output_token_ids) for row in rows]
+        changed = adjusted(logits, rows, positions, self._eos)
         best, token_ids = changed.max(dim=-1)
         finite = best.isfinite()
         drawn = [i for i, row in enumerate(rows) if row.spec.temperature > 0]
@@ -70,7 +78,9 @@ class Sampler:
             every = len(drawn) == len(rows)
             index = torch.tensor(drawn, device=logits.device)
             some = changed if every else changed.index_select(0, index)
-            token_ids[index] = _draw(some, best[index], [rows[i] for i in drawn])
+            token_ids[index] = _draw(
+                some, best[index], [rows[i] for i in drawn], [positions[i] for i in drawn]
+            )
         return Sampled(token_ids, finite, _row_logprobs(logits, token_ids, finite, rows))
 
     @torch.inference_mode()
@@ -102,7 +112,12 @@ def _row_logprobs(
     return result
 
 
-def _draw(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def _draw(
+    logits: torch.Tensor,
+    best: torch.Tensor,
+    rows: Sequence[SamplingRow],
+    positions: Sequence[int],
+) -> torch.Tensor:
     """Tokens `[rows]` for rows with a temperature; `best` [rows] is each one's largest logit."""
     device = logits.device
     specs = [row.spec for row in rows]
@@ -116,7 +131,6 @@ def _draw(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[SamplingRow])
     # fp64: in fp32 the sum over a large vocabulary loses its small terms.
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     seeds = [signed(row.spec.seed + row.choice_index) for row in rows]
-    positions = [len(row.output_token_ids) for row in rows]
     draws = uniform(
         torch.tensor(seeds, dtype=torch.int64, device=device),
         torch.tensor(positions, dtype=torch.int64, device=device),

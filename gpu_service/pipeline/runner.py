@@ -15,6 +15,12 @@ from gpu_service.pipeline.inline import run_inline
 from gpu_service.pipeline.launch import DoneSweep
 from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts, LaneOutcome
+from gpu_service.pipeline.results import (
+    NOT_FINITE,
+    PROMPT_LOGPROB_ROWS,
+    is_out_of_memory,
+    out_of_memory,
+)
 from gpu_service.scheduling.plan import (
     Failure,
     IterationPlan,
@@ -24,9 +30,6 @@ from gpu_service.scheduling.plan import (
     SubBatch,
     SweepResult,
 )
-
-PROMPT_LOGPROB_ROWS = 64
-"""Prompt positions whose logits exist at once: 64 rows of 150,000 tokens are 38 MB."""
 
 _PIPELINES: Mapping[Mode, Callable[[EngineParts, Sequence[DeviceBatch]], list[LaneOutcome]]] = {
     Mode.INLINE: run_inline
@@ -55,17 +58,17 @@ class PlanRunner:
         try:
             return self._sweep(plan, sampling, lost)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         with suppress(HostTierStalled):
             self._parts.host.cancel_sweep()
-        return _out_of_memory(plan, lost)
+        return out_of_memory(plan, lost)
 
     def _migrate(self, migration: Migration) -> bool:
         try:
             return self._migrator.run(migration)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return False
 
@@ -108,7 +111,7 @@ class PlanRunner:
         rows = torch.tensor([row for _, row in chosen], dtype=torch.int64, device=state.device)
         logits = self._parts.model.logits(state, rows)
         sampled = self._sampler.sample(logits, [sampling[key] for key in keys])
-        failed.update((keys[i], _NOT_FINITE) for i in sampled.failed_rows())
+        failed.update((keys[i], NOT_FINITE) for i in sampled.failed_rows())
         ids: list[int] = sampled.token_ids.tolist()
         for key, token_id, logprob in zip(keys, ids, sampled.logprobs, strict=True):
             if key not in failed:
@@ -142,25 +145,3 @@ def _sampled_rows(batch: SubBatch, on_device: DeviceBatch) -> list[int]:
     rows = [chunk.rows.stop - 1 for row, chunk in chunks if row.samples]
     rows.extend(range(on_device.gpu_rows.start, on_device.host_rows.stop))
     return rows
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch's CPU allocator has no exception type of its own."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(
-        error
-    )
-
-
-def _out_of_memory(plan: IterationPlan, lost: frozenset[int]) -> SweepResult:
-    """The newest prompt chunk ends, or the newest decode row without chunks, which take most."""
-    chunks = {row.key for batch in plan.batches for row in batch.prefill}
-    decode = {row.key for batch in plan.batches for row in (*batch.gpu_decode, *batch.host_decode)}
-    victim = max(chunks or decode)
-    void = (chunks | decode) - {victim}
-    return SweepResult(void=frozenset(void), lost=lost, failed={victim: _OUT_OF_MEMORY})
-
-
-_NOT_FINITE = Failure("NUMERICAL", "the model's logits for this request are not finite")
-_OUT_OF_MEMORY = Failure(
-    "OUT_OF_MEMORY", "memory ran out while this request was running; the engine goes on"
-)

@@ -87,18 +87,18 @@ MUTANTS: dict[str, tuple[str, Callable[[CausalLM], None]]] = {
     # (Shifting all positions changes nothing: only distances count.)
     "later positions one too far": (
         "llama",
-        lambda m: m._rope[45:].copy_(m._rope[45:].roll(-1, 0)),
+        lambda m: m.rope[45:].copy_(m.rope[45:].roll(-1, 0)),
     ),
-    "rope turns backwards": ("llama", lambda m: m._rope[:, 1].neg_()),
-    "no output bias": ("llama-bias-headdim", lambda m: m._layers[2].output._bias.zero_()),
-    "no qkv bias": ("qwen2", lambda m: m._layers[0].qkv._bias.zero_()),
+    "rope turns backwards": ("llama", lambda m: m.rope[:, 1].neg_()),
+    "no output bias": ("llama-bias-headdim", lambda m: m.layers[2].output._bias.zero_()),
+    "no qkv bias": ("qwen2", lambda m: m.layers[0].qkv._bias.zero_()),
     "q and k norms swapped": (
         "qwen3",
-        lambda m: m._layers[1].qk_norm.copy_(m._layers[1].qk_norm.roll(2, 0)),
+        lambda m: m.layers[1].qk_norm.copy_(m.layers[1].qk_norm.roll(2, 0)),
     ),
     "norms swapped": (
         "mistral",
-        lambda m: m._layers[0].input_norm.copy_(m._layers[0].post_norm.clone()),
+        lambda m: m.layers[0].input_norm.copy_(m.layers[0].post_norm.clone()),
     ),
     "no final norm": ("mistral-full", lambda m: m._final_norm.fill_(1.0)),
 }

@@ -174,6 +174,32 @@ def local_core(
     return assemble(made, model, geometry, gpu, tier, threads).core
 
 
+def triton_core(
+    made: GpuServiceConfig, model: CausalLM, *, host_blocks: int = 0, **host: Any
+) -> EngineCore:
+    """As `local_core`, with what runs on a CUDA device, here in Triton's interpreter and with
+    padded sizes that suit it."""
+    from gpu_service.pipeline.cuda.build import CudaLimits, open_cuda
+    from gpu_service.pipeline.cuda.shapes import ShapeTable
+
+    torch.set_num_threads(made.threads)
+    geometry = geometry_of(model.spec, made.block_tokens)
+    limits = CudaLimits(
+        max_running=8,
+        max_batch_tokens=made.max_batch_tokens,
+        max_context_tokens=model.spec.max_context_tokens,
+        memory_utilization=1.0,
+        kv_blocks=made.gpu_kv_blocks,
+        table=ShapeTable(decode=(1, 2, 4, 8), totals=(6, 12), chunks=2),
+    )
+    gpu, sweeps = open_cuda(model, geometry, limits, lambda *_: None)
+    tier: HostTier = NullHostTier()
+    if host_blocks:
+        threads = ThreadPool(made.threads)
+        tier = LocalHostTier(geometry, model.dtype, host_blocks, threads, **host)
+    return assemble(made, model, geometry, gpu, tier, None, sweeps).core
+
+
 @contextmanager
 def real_core(made: GpuServiceConfig) -> Iterator[EngineCore]:
     """A core as the process builds it, host tier and all."""

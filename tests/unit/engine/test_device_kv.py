@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from gpu_service.pipeline.cpu_kv import CpuDeviceKv
+from gpu_service.pipeline.cuda.kv import TritonDeviceKv
 from gpu_service.pipeline.device_kv import AttentionGeometry, DecodeTables, DeviceKv
 from gpu_service.pipeline.prefill import ChunkMasks, prefill_attention
-from gpu_service.pipeline.torch_kv import TorchDeviceKv
 from kernels.cpu import ThreadPool
 
 BLOCKS, SIZE = 24, 16
@@ -33,13 +33,13 @@ def cpu(shape: AttentionGeometry, dtype: torch.dtype) -> DeviceKv:
     return CpuDeviceKv(shape, dtype, BLOCKS, ThreadPool(1))
 
 
-def plain(shape: AttentionGeometry, dtype: torch.dtype) -> DeviceKv:
-    return TorchDeviceKv(shape, dtype, BLOCKS, torch.device("cpu"))
+def triton(shape: AttentionGeometry, dtype: torch.dtype) -> DeviceKv:
+    return TritonDeviceKv(shape, dtype, BLOCKS, torch.device("cpu"), max_rows=8)
 
 
 KINDS: dict[str, Callable[[AttentionGeometry, torch.dtype], DeviceKv]] = {
     "cpu": cpu,
-    "torch": plain,
+    "triton": triton,
 }
 
 

@@ -311,7 +311,7 @@ def _mutated(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         forget = lambda r: SamplingRow(r.spec, [], r.output_token_ids, r.choice_index)  # noqa: E731
         real = sampling.adjusted
         monkeypatch.setattr(
-            sampling, "adjusted", lambda x, rows, e: real(x, list(map(forget, rows)), e)
+            sampling, "adjusted", lambda x, rows, *rest: real(x, list(map(forget, rows)), *rest)
         )
     elif name == "position ignored":
         monkeypatch.setattr(sampling, "uniform", lambda s, p: uniform(s, p * 0))

@@ -1,0 +1,10 @@
+"""Execution on a CUDA device: fused kernels over fixed buffers, replayed as CUDA graphs.
+
+    inputs.py    what a sweep needs to know, packed by the host and sent in one copy
+    forward.py   the launches of one sweep, over those inputs and fixed activations
+    graphs.py    sweeps of up to 512 rows, captured for padded sizes
+    runner.py    plans -> sweeps -> results; the next sweep is queued while one runs
+    kv.py        the GPU tier's KV pool
+
+Everything but graphs.py also runs on a CPU in Triton's interpreter, for tests.
+"""

@@ -1,0 +1,118 @@
+"""Memory of a CUDA device, divided: weights are there, then activations, graphs, and the KV pool
+gets the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_service.kv.table import blocks_for
+from gpu_service.model.model import CausalLM, Progress
+from gpu_service.pipeline.cuda.forward import Activations, DeviceCache, Forward
+from gpu_service.pipeline.cuda.graphs import SweepGraphs
+from gpu_service.pipeline.cuda.inputs import InputLimits, SweepInputs, SweepShape
+from gpu_service.pipeline.cuda.kv import TritonDeviceKv, layout_of
+from gpu_service.pipeline.cuda.runner import CudaSweeps
+from gpu_service.pipeline.cuda.shapes import ShapeTable, shape_table
+from gpu_service.pipeline.device_kv import AttentionGeometry
+
+_GIB = 1 << 30
+_GRAPH_BYTES = 3 << 20
+"""Driver memory of one captured sweep of some 300 launches."""
+
+
+@dataclass(frozen=True)
+class CudaLimits:
+    """What the configuration says about one device."""
+
+    max_running: int
+    max_batch_tokens: int
+    max_context_tokens: int
+    memory_utilization: float
+    """Part of the device's memory that this process may use."""
+    kv_blocks: int = 0
+    """Size of the KV pool; 0 means as many as fit."""
+    table: ShapeTable | None = None
+    """None takes the usual padded sizes."""
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    inputs: SweepInputs
+    activations: Activations
+
+
+def open_cuda(
+    model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, progress: Progress
+) -> tuple[TritonDeviceKv, CudaSweeps]:
+    """The KV pool and all that sweeps need; captures CUDA graphs where there is a CUDA device.
+
+    Raises ValueError, with the arithmetic, if the pool does not fit.
+    """
+    table = limits.table or shape_table(limits.max_running)
+    buffers = _buffers(model, geometry, limits, table)
+    blocks = limits.kv_blocks
+    if model.device.type == "cuda":
+        _warm_up(model, geometry, limits, buffers)
+        blocks = _pool_blocks(model, geometry, limits, len(list(table.captured())))
+    kv = TritonDeviceKv(geometry, model.dtype, blocks, model.device, limits.max_running)
+    cache = DeviceCache(kv.layout, kv.memory)
+    forward = Forward(model, geometry, cache, buffers.inputs, buffers.activations, table.decode)
+    graphs = SweepGraphs()
+    if model.device.type == "cuda":
+        graphs.capture(forward, table, progress)
+    return kv, CudaSweeps(model, table, buffers.inputs, buffers.activations, forward, graphs)
+
+
+def _buffers(
+    model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, table: ShapeTable
+) -> _Buffers:
+    rows = max(table.totals[-1], table.decode[-1] + limits.max_batch_tokens)
+    sequences = table.decode[-1] + max(limits.max_running, table.chunks)
+    width = blocks_for(limits.max_context_tokens, geometry.block_tokens)
+    inputs = SweepInputs(
+        InputLimits(rows, sequences, sequences * width), geometry.block_tokens, model.device
+    )
+    # Padding of a first sweep, before anything was sent.
+    inputs.slots.fill_(-1)
+    inputs.sources.fill_(-1)
+    return _Buffers(inputs, Activations(model, rows, sequences, (sequences, width)))
+
+
+def _warm_up(
+    model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, buffers: _Buffers
+) -> None:
+    """The largest sweep, on padding, so that libraries have taken what memory they want."""
+    layout = layout_of(geometry, 1)
+    cache = DeviceCache(layout, layout.allocate(model.dtype, model.device))
+    forward = Forward(model, geometry, cache, buffers.inputs, buffers.activations, (1,))
+    forward.run(SweepShape(1, limits.max_batch_tokens, 1), limits.max_batch_tokens)
+    buffers.activations.logits.float()
+    torch.cuda.synchronize(model.device)
+
+
+def _pool_blocks(
+    model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, graphs: int
+) -> int:
+    per_token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * model.dtype.itemsize
+    block_bytes = per_token * geometry.block_tokens
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(model.device)
+    allowed = limits.memory_utilization * total
+    used, reserve = total - free, graphs * _GRAPH_BYTES
+    blocks = int(allowed - used - reserve) // block_bytes
+    wanted = limits.kv_blocks or 1
+    if limits.kv_blocks:
+        blocks = int(free - reserve) // block_bytes
+    if blocks < wanted:
+        room = "all" if limits.kv_blocks else f"gpu_memory_utilization {limits.memory_utilization}"
+        raise ValueError(
+            f"the KV pool does not fit: {room} of {total / _GIB:.1f} GiB, less "
+            f"{used / _GIB:.1f} GiB in use (weights, activations, other processes) and "
+            f"{reserve / _GIB:.1f} GiB for CUDA graphs, leaves {max(blocks, 0)} blocks of "
+            f"{block_bytes / (1 << 20):.2f} MiB, and {wanted} are needed; raise "
+            "gpu_memory_utilization, or lower gpu_kv_blocks, max_batch_tokens or "
+            "max_running_requests"
+        )
+    return limits.kv_blocks or blocks

@@ -1,0 +1,195 @@
+"""One sweep over the layers as kernel launches into fixed buffers: nothing is allocated, nothing
+waits for the host, so the same calls run at once or are captured in a CUDA graph.
+
+    per layer:  norm | QKV | rope, KV store | attention (decode rows, chunks) | output
+                norm | gate, up | SiLU, multiply | down
+    then:       rows that are sampled | norm | head | largest logit
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu_service.model.model import CausalLM
+from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
+from gpu_service.pipeline.cuda.kv import multiprocessors
+from gpu_service.pipeline.device_kv import AttentionGeometry
+from kernels.gpu.decode_attention import DecodeAttention, choose_splits
+from kernels.gpu.kv_cache import GpuKvLayout
+from kernels.gpu.prefill_attention import PrefillAttention
+from kernels.gpu.rms_norm import add_rms_norm
+from kernels.gpu.rope_store import rope_store
+from kernels.gpu.silu_mul import silu_mul
+from kernels.gpu.sweep_inputs import embed, expand_tables
+
+
+@dataclass(frozen=True)
+class DeviceCache:
+    """The GPU tier's memory and its shape."""
+
+    layout: GpuKvLayout
+    memory: torch.Tensor
+
+
+class Activations:
+    """Buffers of one sweep; the largest one's size fixes them."""
+
+    def __init__(self, model: CausalLM, rows: int, samples: int, tables: tuple[int, int]) -> None:
+        spec, dtype, device = model.spec, model.dtype, model.device
+
+        def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=kind, device=device)
+
+        heads = spec.query_heads + 2 * spec.kv_heads
+        self.residual = empty(rows, spec.hidden_size)
+        """The stream that layers add to. After the last layer `update` is still to be added."""
+        self.update = empty(rows, spec.hidden_size)
+        self.normed = empty(rows, spec.hidden_size)
+        self.qkv = empty(rows, heads, spec.head_dim)
+        self.q = empty(rows, spec.query_heads, spec.head_dim)
+        self.attended = torch.zeros_like(self.q)
+        """Zeros: padding rows of chunks are never written, and must stay finite."""
+        self.gate_up = empty(rows, 2 * spec.intermediate_size)
+        self.activated = empty(rows, spec.intermediate_size)
+        self.sampled = empty(2, samples, spec.hidden_size)
+        self.logits = empty(samples, spec.vocab_size)
+        self.best = empty(samples)
+        self.drawn = torch.zeros(samples, dtype=torch.int64, device=device)
+        """The last sweep's tokens; -1 where its logits were not finite."""
+        self.block_tables = torch.zeros(tables, dtype=torch.int32, device=device)
+
+
+class Forward:
+    """The launches. `decode_sizes`: padded numbers of decode rows that will come, ascending."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        geometry: AttentionGeometry,
+        cache: DeviceCache,
+        inputs: SweepInputs,
+        activations: Activations,
+        decode_sizes: tuple[int, ...],
+    ) -> None:
+        spec = model.spec
+        self._model = model
+        self._geometry = geometry
+        self._cache = cache
+        self._inputs = inputs
+        self._buffers = activations
+        half = spec.head_dim // 2
+        # The kernel wants cos and sin once each; the table holds cos twice and sin with both signs.
+        cos, sin = model.rope[:, 0, :half], model.rope[:, 1, half:]
+        self._cos_sin = torch.stack((cos, sin), dim=1).contiguous()
+        rotated = (spec.query_heads - 1, spec.query_heads)
+        self._qk_norms = [
+            None if layer.qk_norm is None else layer.qk_norm[list(rotated)].contiguous()
+            for layer in model.layers
+        ]
+        processors = multiprocessors(model.device)
+        self._decode = {
+            size: DecodeAttention(
+                cache.layout,
+                spec.query_heads,
+                size,
+                choose_splits(size, spec.kv_heads, processors),
+                model.device,
+            )
+            for size in decode_sizes
+            if size
+        }
+        self._prefill = PrefillAttention(cache.layout, spec.query_heads)
+
+    @torch.inference_mode()
+    def run(self, shape: SweepShape, longest: int) -> None:
+        """Launch a sweep of that shape over the inputs sent before. `longest`: rows of the longest
+        chunk, or more.
+
+        Afterwards `drawn` and `logits` hold its samples, in the inputs' order, and `residual` plus
+        `update` the state of all rows."""
+        given, buffers, model = self._inputs, self._buffers, self._model
+        rows, eps = shape.rows, model.spec.norm_eps
+        tables = buffers.block_tables[: shape.sequences]
+        counted = slice(0, shape.sequences)
+        expand_tables(
+            given.blocks, given.table_starts[counted], given.table_counts[counted], tables
+        )
+        residual, update = buffers.residual[:rows], buffers.update[:rows]
+        normed = buffers.normed[:rows]
+        embed(
+            given.token_ids[:rows], given.sources[:rows], buffers.drawn, model.embedding, residual
+        )
+        for index, layer in enumerate(model.layers):
+            if index == 0:
+                add_rms_norm(residual, None, layer.input_norm, normed, eps=eps)
+            else:
+                add_rms_norm(update, residual, layer.input_norm, normed, eps=eps)
+            layer.qkv.into(normed, buffers.qkv[:rows].flatten(1))
+            self._attention(index, shape, longest)
+            layer.output.into(buffers.attended[:rows].flatten(1), update)
+            add_rms_norm(update, residual, layer.post_norm, normed, eps=eps)
+            layer.gate_up.into(normed, buffers.gate_up[:rows])
+            silu_mul(buffers.gate_up[:rows], buffers.activated[:rows])
+            layer.down.into(buffers.activated[:rows], update)
+        self._head(shape)
+
+    def _attention(self, index: int, shape: SweepShape, longest: int) -> None:
+        given, buffers, geometry = self._inputs, self._buffers, self._geometry
+        rows, decode = shape.rows, shape.decode
+        layer_kv = self._cache.memory[index]
+        rope_store(
+            buffers.qkv[:rows],
+            self._cos_sin,
+            given.positions[:rows],
+            given.slots[:rows],
+            buffers.q[:rows],
+            layer_kv,
+            self._cache.layout,
+            qk_norm=self._qk_norms[index],
+            eps=self._model.spec.norm_eps,
+        )
+        scale, window = geometry.scale, geometry.windows[index]
+        if decode:
+            attention = self._decode[decode_size(tuple(self._decode), decode)]
+            attention(
+                buffers.q[:decode],
+                layer_kv,
+                buffers.block_tables[:decode],
+                given.lengths[:decode],
+                buffers.attended[:decode],
+                scale=scale,
+                window=window,
+            )
+        if shape.prefill:
+            sequences = slice(decode, shape.sequences)
+            self._prefill(
+                buffers.q[:rows],
+                layer_kv,
+                buffers.block_tables[sequences],
+                given.lengths[sequences],
+                given.first_rows[decode : shape.sequences + 1],
+                buffers.attended[:rows],
+                longest=longest,
+                scale=scale,
+                window=window,
+            )
+
+    def _head(self, shape: SweepShape) -> None:
+        buffers, model, samples = self._buffers, self._model, shape.sequences
+        chosen = self._inputs.samples[:samples]
+        update, residual = buffers.sampled[0, :samples], buffers.sampled[1, :samples]
+        torch.index_select(buffers.update[: shape.rows], 0, chosen, out=update)
+        torch.index_select(buffers.residual[: shape.rows], 0, chosen, out=residual)
+        add_rms_norm(update, residual, model.final_norm, update, eps=model.spec.norm_eps)
+        logits, best = buffers.logits[:samples], buffers.best[:samples]
+        model.head.into(update, logits)
+        drawn = buffers.drawn[:samples]
+        torch.max(logits, dim=1, out=(best, drawn))
+        drawn.masked_fill_(~best.isfinite(), -1)
+
+
+def decode_size(sizes: tuple[int, ...], rows: int) -> int:
+    """The smallest of `sizes` (ascending) that holds `rows`."""
+    return next(size for size in sizes if size >= rows)

@@ -1,0 +1,235 @@
+"""What a sweep needs to know, packed by the host and sent to the device in one copy.
+
+    rows:       | GPU decode, padded | prompt chunks, one behind the other, padded |
+    sequences:  | GPU decode, padded | chunks, padded |          one block table each
+    samples:    | GPU decode, padded | chunks that end with the last known token, padded |
+
+Padding rows read token 0 at position 0 and store nothing (slot -1); padding sequences have no
+blocks and no length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpu_service.kv.table import blocks_for, slots_of
+from gpu_service.scheduling.plan import PENDING_TOKEN, PrefillRow, SubBatch
+
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SweepShape:
+    """Padded sizes: what a CUDA graph fixes."""
+
+    decode: int
+    """GPU decode rows."""
+    prefill: int
+    """Rows of prompt chunks."""
+    chunks: int
+    """Prompt chunks; 0 if and only if `prefill` is."""
+
+    @property
+    def rows(self) -> int:
+        return self.decode + self.prefill
+
+    @property
+    def sequences(self) -> int:
+        return self.decode + self.chunks
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """Most of everything in one sweep."""
+
+    rows: int
+    sequences: int
+    table_blocks: int
+    """Block ids of all sequences."""
+
+
+class _Packed:
+    """Named arrays in one run of bytes, on the host and again on the device."""
+
+    _ALIGN = 256
+
+    def __init__(self, sizes: Mapping[str, tuple[int, type[np.generic]]]) -> None:
+        self.offsets: dict[str, int] = {}
+        self.sizes = sizes
+        self.bytes = 0
+        for name, (count, kind) in sizes.items():
+            self.offsets[name] = self.bytes
+            step = count * np.dtype(kind).itemsize
+            self.bytes += -(-step // self._ALIGN) * self._ALIGN
+
+    def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, (count, kind) in self.sizes.items():
+            begin, item = self.offsets[name], np.dtype(kind).itemsize
+            wanted = torch.int64 if item == 8 else torch.int32
+            found[name] = memory[begin : begin + count * item].view(wanted)
+        return found
+
+
+class SweepInputs:
+    """Two staging areas on the host, used in turn, and the arrays on the device that kernels read.
+
+    A staging area is written again two sweeps later; by then its copy has been made, since the
+    sweep behind it has been waited for.
+    """
+
+    def __init__(self, limits: InputLimits, block_tokens: int, device: torch.device) -> None:
+        self.limits = limits
+        self._block_tokens = block_tokens
+        rows, sequences = limits.rows, limits.sequences
+        self._packed = _Packed(
+            {
+                "token_ids": (rows, np.int64),
+                "positions": (rows, np.int64),
+                "slots": (rows, np.int64),
+                "samples": (sequences, np.int64),
+                "sources": (rows, np.int32),
+                "lengths": (sequences, np.int32),
+                "first_rows": (sequences + 1, np.int32),
+                "table_starts": (sequences, np.int32),
+                "table_counts": (sequences, np.int32),
+                # Last, so that only what is used of it is sent.
+                "blocks": (limits.table_blocks, np.int32),
+            }
+        )
+        size = self._packed.bytes
+        pin = device.type == "cuda"
+        self._staging = [torch.zeros(size, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]
+        self._host = [
+            {name: view.numpy() for name, view in self._packed.views(staging).items()}
+            for staging in self._staging
+        ]
+        self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
+        device_views = self._packed.views(self._memory)
+        self.token_ids = device_views["token_ids"]
+        """int64 `[rows]`"""
+        self.sources = device_views["sources"]
+        """int32 `[rows]`: index into the tokens that the sweep before drew; -1: `token_ids`."""
+        self.positions = device_views["positions"]
+        """int64 `[rows]`"""
+        self.slots = device_views["slots"]
+        """int64 `[rows]`: where K and V go; -1 for padding."""
+        self.samples = device_views["samples"]
+        """int64 `[samples]`: rows whose next token is drawn."""
+        self.lengths = device_views["lengths"]
+        """int32 `[sequences]`: tokens attended, the sweep's own included; 0 for padding."""
+        self.first_rows = device_views["first_rows"]
+        """int32 `[sequences + 1]`: sequence s has the rows from `first_rows[s]` to `[s + 1]`."""
+        self.table_starts = device_views["table_starts"]
+        """int32 `[sequences]`: where in `blocks` a sequence's ids begin."""
+        self.table_counts = device_views["table_counts"]
+        """int32 `[sequences]`"""
+        self.blocks = device_views["blocks"]
+        """int32"""
+        self._turn = 0
+
+    def send(self, batch: SubBatch, shape: SweepShape, drawn: Mapping[int, int]) -> dict[int, int]:
+        """Fill and copy. Returns where each sampled choice's token will be.
+
+        drawn: choice -> index of its token among those that the sweep before drew.
+        """
+        assert not batch.host_decode
+        self._turn ^= 1
+        arrays = self._host[self._turn]
+        self._clear(arrays, shape)
+        place = self._decode_rows(arrays, batch, drawn)
+        place, indices = self._chunk_rows(arrays, batch, shape, place)
+        used = self._packed.offsets["blocks"] + 4 * place
+        staging = self._staging[self._turn]
+        self._memory[:used].copy_(staging[:used], non_blocking=True)
+        indices.update((row.key, i) for i, row in enumerate(batch.gpu_decode))
+        return indices
+
+    def _clear(self, arrays: dict[str, npt.NDArray[np.generic]], shape: SweepShape) -> None:
+        for name in ("token_ids", "positions"):
+            arrays[name][: shape.rows] = 0
+        arrays["slots"][: shape.rows] = -1
+        arrays["sources"][: shape.rows] = -1
+        for name in ("samples", "lengths", "table_starts", "table_counts"):
+            arrays[name][: shape.sequences] = 0
+
+    def _decode_rows(
+        self,
+        arrays: dict[str, npt.NDArray[np.generic]],
+        batch: SubBatch,
+        drawn: Mapping[int, int],
+    ) -> int:
+        """Returns how many block ids were written."""
+        rows, size = batch.gpu_decode, self._block_tokens
+        count = len(rows)
+        if not count:
+            return 0
+        lengths: Ints = np.fromiter((row.length for row in rows), np.int32, count)
+        positions = lengths - 1
+        arrays["lengths"][:count] = lengths
+        arrays["positions"][:count] = positions
+        arrays["token_ids"][:count] = np.fromiter((row.token_id for row in rows), np.int64, count)
+        for i, row in enumerate(rows):
+            if row.token_id == PENDING_TOKEN:
+                arrays["sources"][i] = drawn[row.key]
+        arrays["samples"][:count] = np.arange(count)
+        last = positions // size
+        tables = [row.blocks[: n + 1] for row, n in zip(rows, last.tolist(), strict=True)]
+        ends = np.cumsum(last + 1)
+        blocks = arrays["blocks"]
+        np.concatenate(tables, out=blocks[: ends[-1]])
+        arrays["table_counts"][:count] = last + 1
+        arrays["table_starts"][:count] = ends - (last + 1)
+        arrays["slots"][:count] = blocks[ends - 1].astype(np.int64) * size + positions % size
+        return int(ends[-1])
+
+    def _chunk_rows(
+        self,
+        arrays: dict[str, npt.NDArray[np.generic]],
+        batch: SubBatch,
+        shape: SweepShape,
+        place: int,
+    ) -> tuple[int, dict[int, int]]:
+        """Returns how many block ids there are now, and the samples of chunks."""
+        first_rows = arrays["first_rows"]
+        first_rows[: shape.decode] = np.arange(shape.decode)
+        row, sequence, sample = shape.decode, shape.decode, shape.decode
+        indices: dict[int, int] = {}
+        for chunk in batch.prefill:
+            place = self._chunk(arrays, chunk, sequence, row, place)
+            if chunk.samples:
+                arrays["samples"][sample] = row + len(chunk.token_ids) - 1
+                indices[chunk.key] = sample
+                sample += 1
+            row += len(chunk.token_ids)
+            sequence += 1
+        # Sequences of padding have no rows.
+        first_rows[sequence : shape.sequences + 1] = row
+        return place, indices
+
+    def _chunk(
+        self,
+        arrays: dict[str, npt.NDArray[np.generic]],
+        chunk: PrefillRow,
+        sequence: int,
+        row: int,
+        place: int,
+    ) -> int:
+        tokens = len(chunk.token_ids)
+        length, rows = chunk.start + tokens, slice(row, row + tokens)
+        arrays["token_ids"][rows] = chunk.token_ids
+        arrays["positions"][rows] = np.arange(chunk.start, length)
+        arrays["slots"][rows] = slots_of(chunk.blocks, chunk.start, tokens, self._block_tokens)
+        arrays["lengths"][sequence] = length
+        arrays["first_rows"][sequence] = row
+        count = blocks_for(length, self._block_tokens)
+        arrays["blocks"][place : place + count] = chunk.blocks[:count]
+        arrays["table_starts"][sequence] = place
+        arrays["table_counts"][sequence] = count
+        return place + count

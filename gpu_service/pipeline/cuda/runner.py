@@ -1,0 +1,227 @@
+"""Runs plans on a CUDA device. A GPU-only sweep is queued and not waited for; the tokens it draws
+stay on the device for the sweep after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from gpu_service.engine.messages import TokenLogprob
+from gpu_service.model.model import CausalLM
+from gpu_service.model.sampling import Sampler, SamplingRow
+from gpu_service.pipeline.cuda.forward import Activations, Forward
+from gpu_service.pipeline.cuda.graphs import SweepGraphs
+from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
+from gpu_service.pipeline.cuda.shapes import ShapeTable
+from gpu_service.pipeline.launch import DoneSweep, LaunchedSweep
+from gpu_service.pipeline.results import (
+    NOT_FINITE,
+    PROMPT_LOGPROB_ROWS,
+    is_out_of_memory,
+    out_of_memory,
+)
+from gpu_service.pipeline.runner import PlanRunner
+from gpu_service.scheduling.plan import (
+    PENDING_TOKEN,
+    DecodeRow,
+    Failure,
+    IterationPlan,
+    SampledToken,
+    SubBatch,
+    SweepResult,
+    Tier,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaSweeps:
+    """What runs a GPU-only sweep."""
+
+    model: CausalLM
+    table: ShapeTable
+    inputs: SweepInputs
+    activations: Activations
+    forward: Forward
+    graphs: SweepGraphs
+
+    def runner(self, sampler: Sampler, inline: PlanRunner) -> CudaRunner:
+        return CudaRunner(self, sampler, inline)
+
+
+class CudaRunner:
+    """A `Runner`. Sweeps that the host tier takes part in run in `inline`, one at a time."""
+
+    def __init__(self, sweeps: CudaSweeps, sampler: Sampler, inline: PlanRunner) -> None:
+        self._sweeps = sweeps
+        self._sampler = sampler
+        self._inline = inline
+        self._drawn: dict[int, int] = {}
+        """Choice -> index of its token in `activations.drawn`, of the last sweep."""
+        drawn = sweeps.activations.drawn
+        pin = drawn.is_cuda
+        self._landing = [torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=pin) for _ in "ab"]
+        self._turn = 0
+
+    @torch.inference_mode()
+    def launch(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> LaunchedSweep:
+        """See `Runner.launch`."""
+        if plan.migrations or any(_uses_host(batch) for batch in plan.batches):
+            resolved, self._drawn = self._resolved(plan), {}
+            return self._inline.launch(resolved, sampling)
+        (batch,) = plan.batches
+        shape = self._sweeps.table.shape_for(batch)
+        self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn)
+        if not self._sweeps.graphs.replay(shape):
+            longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
+            self._sweeps.forward.run(shape, longest)
+        try:
+            logprobs = self._sample(batch, sampling)
+            prompt_logprobs = self._prompt_logprobs(batch, shape, sampling)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return DoneSweep(out_of_memory(plan, frozenset()))
+        return self._landing_sweep(shape, logprobs, prompt_logprobs)
+
+    def _landing_sweep(
+        self,
+        shape: SweepShape,
+        logprobs: dict[int, TokenLogprob | None],
+        prompt_logprobs: dict[int, list[TokenLogprob]],
+    ) -> QueuedSweep:
+        self._turn ^= 1
+        drawn, landing = self._sweeps.activations.drawn, self._landing[self._turn]
+        landing[: shape.sequences].copy_(drawn[: shape.sequences], non_blocking=True)
+        event = None
+        if drawn.is_cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        return QueuedSweep(event, landing, self._drawn, logprobs, prompt_logprobs)
+
+    # -- what greedy sweeps do without -------------------------------------------------------
+
+    def _sample(
+        self, batch: SubBatch, sampling: Mapping[int, SamplingRow]
+    ) -> dict[int, TokenLogprob | None]:
+        """Draw anew for those who want more than the largest logit."""
+        positions = {row.key: row.length for row in batch.gpu_decode}
+        positions.update(
+            (row.key, row.start + len(row.token_ids)) for row in batch.prefill if row.samples
+        )
+        chosen = []
+        for key, length in positions.items():
+            row = sampling[key]
+            positions[key] = length - len(row.prompt_token_ids)
+            if not _is_greedy(row, positions[key]):
+                chosen.append(key)
+        if not chosen:
+            return {}
+        buffers = self._sweeps.activations
+        index = torch.tensor([self._drawn[key] for key in chosen], device=buffers.drawn.device)
+        sampled = self._sampler.sample(
+            buffers.logits[index].float(),
+            [sampling[key] for key in chosen],
+            [positions[key] for key in chosen],
+        )
+        buffers.drawn[index] = sampled.token_ids.masked_fill(~sampled.finite, -1)
+        return dict(zip(chosen, sampled.logprobs, strict=True))
+
+    def _prompt_logprobs(
+        self, batch: SubBatch, shape: SweepShape, sampling: Mapping[int, SamplingRow]
+    ) -> dict[int, list[TokenLogprob]]:
+        found: dict[int, list[TokenLogprob]] = {}
+        buffers, row = self._sweeps.activations, shape.decode
+        for chunk in batch.prefill:
+            top = sampling[chunk.key].spec.prompt_logprobs
+            for first in range(0, len(chunk.logprob_targets), PROMPT_LOGPROB_ROWS):
+                assert top is not None
+                targets = chunk.logprob_targets[first : first + PROMPT_LOGPROB_ROWS]
+                rows = slice(row + first, row + first + len(targets))
+                logits = self._sweeps.model.logits(buffers.residual[rows] + buffers.update[rows])
+                found.setdefault(chunk.key, []).extend(
+                    self._sampler.prompt_logprobs(logits, targets, top)
+                )
+            row += len(chunk.token_ids)
+        return found
+
+    # -- sweeps with host rows ---------------------------------------------------------------
+
+    def _resolved(self, plan: IterationPlan) -> IterationPlan:
+        """The plan with tokens in the place of pending ones. Waits for the sweep that draws
+        them."""
+        if not self._drawn:
+            return plan
+        drawn: list[int] = self._sweeps.activations.drawn.tolist()
+        known = {key: max(drawn[index], 0) for key, index in self._drawn.items()}
+
+        def rows(of: Sequence[DecodeRow]) -> tuple[DecodeRow, ...]:
+            return tuple(
+                dataclasses.replace(row, token_id=known[row.key])
+                if row.token_id == PENDING_TOKEN
+                else row
+                for row in of
+            )
+
+        batches = tuple(
+            dataclasses.replace(
+                batch, gpu_decode=rows(batch.gpu_decode), host_decode=rows(batch.host_decode)
+            )
+            for batch in plan.batches
+        )
+        return dataclasses.replace(plan, batches=batches)
+
+
+class QueuedSweep:
+    """A sweep whose tokens are on their way to the host."""
+
+    def __init__(
+        self,
+        event: torch.cuda.Event | None,
+        landing: torch.Tensor,
+        indices: dict[int, int],
+        logprobs: dict[int, TokenLogprob | None],
+        prompt_logprobs: dict[int, list[TokenLogprob]],
+    ) -> None:
+        self._event = event
+        self._landing = landing
+        self._indices = indices
+        self._logprobs = logprobs
+        self._prompt_logprobs = prompt_logprobs
+
+    @property
+    def is_done(self) -> bool:
+        """Never asked for again once it is: it stays in flight until the next one is launched."""
+        return False
+
+    def result(self) -> SweepResult:
+        if self._event is not None:
+            self._event.synchronize()
+        ids: list[int] = self._landing.tolist()
+        tokens: dict[int, SampledToken] = {}
+        failed: dict[int, Failure] = {}
+        for key, index in self._indices.items():
+            if ids[index] < 0:
+                failed[key] = NOT_FINITE
+            else:
+                tokens[key] = SampledToken(ids[index], self._logprobs.get(key))
+        return SweepResult(tokens=tokens, failed=failed, prompt_logprobs=self._prompt_logprobs)
+
+
+def _uses_host(batch: SubBatch) -> bool:
+    return bool(batch.host_decode) or any(chunk.tier is Tier.HOST for chunk in batch.prefill)
+
+
+def _is_greedy(row: SamplingRow, position: int) -> bool:
+    """The largest logit is what it wants, and nothing else."""
+    spec = row.spec
+    return (
+        spec.temperature == 0
+        and spec.repetition_penalty == 1.0
+        and spec.presence_penalty == 0.0
+        and spec.frequency_penalty == 0.0
+        and spec.logprobs is None
+        and not spec.logit_bias
+        and position >= spec.min_tokens
+    )

@@ -1,0 +1,32 @@
+"""Results of sweeps that every runner makes alike."""
+
+from __future__ import annotations
+
+import torch
+
+from gpu_service.scheduling.plan import Failure, IterationPlan, SweepResult
+
+PROMPT_LOGPROB_ROWS = 64
+"""Prompt positions whose logits exist at once: 64 rows of 150,000 tokens are 38 MB."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Torch's CPU allocator has no exception type of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(
+        error
+    )
+
+
+def out_of_memory(plan: IterationPlan, lost: frozenset[int]) -> SweepResult:
+    """The newest prompt chunk ends, or the newest decode row without chunks, which take most."""
+    chunks = {row.key for batch in plan.batches for row in batch.prefill}
+    decode = {row.key for batch in plan.batches for row in (*batch.gpu_decode, *batch.host_decode)}
+    victim = max(chunks or decode)
+    void = (chunks | decode) - {victim}
+    return SweepResult(void=frozenset(void), lost=lost, failed={victim: _OUT_OF_MEMORY})
+
+
+NOT_FINITE = Failure("NUMERICAL", "the model's logits for this request are not finite")
+_OUT_OF_MEMORY = Failure(
+    "OUT_OF_MEMORY", "memory ran out while this request was running; the engine goes on"
+)

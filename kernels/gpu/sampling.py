@@ -1,0 +1,214 @@
+"""The next tokens of a batch, on the device: nothing waits for the host, shapes are static.
+
+    logits -> penalties, edits -> temperature -> kept tokens -> draw
+                                                 top-k, top-p, min-p
+
+The same rule and the same draws as `gpu_service.model.sampling`, which says it in torch and is the
+oracle. No sorting: what is kept is bounded below by one value, found by cutting the range in four
+until only that value is left; after two passes few enough tokens are left to fit one tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from kernels.gpu.sampling_inputs import History, SamplingInputs
+from kernels.gpu.sampling_kernels import (
+    _best_kernel,
+    _draw_kernel,
+    _logprob_kernel,
+    _top_kernel,
+)
+from kernels.gpu.tensors import FLOATS, check
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Of the logits as they were. Rows that did not ask, or have no token, are left as they were.
+
+    logprob: fp32 `[rows]`. rank: int32 `[rows]`, 1 is best, equals share the better one. top_ids,
+    top_logprobs: int32 and fp32 `[rows, most]`, best first, of equals the lower id first; as many
+    as the row asked for are valid.
+    """
+
+    logprob: torch.Tensor
+    rank: torch.Tensor
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+
+
+class Sampler:
+    """Owns the workspace for `rows` rows of `vocabulary` logits: 4 bytes a logit."""
+
+    def __init__(
+        self,
+        rows: int,
+        vocabulary: int,
+        device: torch.device | str,
+        *,
+        logprobs: int = 20,
+        tile: int = 4096,
+        chunk: int = 8192,
+    ) -> None:
+        self.rows = rows
+        self.vocabulary = vocabulary
+        self._tile = min(tile, triton.next_power_of_2(vocabulary))
+        self._chunk = min(chunk, triton.next_power_of_2(vocabulary))
+        self._tiles = triton.cdiv(vocabulary, self._tile)
+        self._most = logprobs
+        # Without a history no row has a slot; the kernels still want something to point at.
+        self._no_history = History(1, 1, device)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        tiles = self._tiles
+        self._work = empty(rows, vocabulary)
+        self._ids = empty(rows, self._chunk, dtype=torch.int32)
+        self._best = empty(rows, tiles)
+        self._where = empty(rows, tiles, dtype=torch.int32)
+        self._top_values = empty(rows, tiles, max(1, logprobs))
+        self._top_ids = empty(rows, tiles, max(1, logprobs), dtype=torch.int32)
+        self._sums = empty(rows, tiles, 2)
+        self._ranks = empty(rows, tiles, dtype=torch.int32)
+        self._logprobs = Logprobs(
+            empty(rows),
+            empty(rows, dtype=torch.int32),
+            empty(rows, max(1, logprobs), dtype=torch.int32),
+            empty(rows, max(1, logprobs)),
+        )
+
+    def greedy(self, logits: torch.Tensor, out: torch.Tensor) -> None:
+        """The largest logit of each row, the first of equals; -1 where one is NaN or +inf, or all
+        are -inf.
+
+        logits: `[rows, vocabulary]`. out: int64 `[rows]`.
+        """
+        self._check(logits, out)
+        self._launch(logits, out, None, self._no_history)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        inputs: SamplingInputs,
+        out: torch.Tensor,
+        history: History | None = None,
+    ) -> None:
+        """One token for each row of `logits` `[rows, vocabulary]`, by the wishes sent before; -1
+        where no token can be drawn. out: int64 `[rows]`. `logits` are left as they are.
+        """
+        self._check(logits, out)
+        if logits.shape[0] > inputs.rows:
+            raise ValueError(f"{logits.shape[0]} rows are more than the inputs' {inputs.rows}")
+        history = history or self._no_history
+        if history is not self._no_history:
+            check("history", history.table, (-1, self.vocabulary), torch.int32)
+        self._launch(logits, out, inputs, history)
+
+    def _launch(
+        self,
+        logits: torch.Tensor,
+        out: torch.Tensor,
+        inputs: SamplingInputs | None,
+        history: History,
+    ) -> None:
+        rows, unused = logits.shape[0], self._where
+        given = inputs is not None
+        numbers = inputs.numbers if inputs else self._best
+        positions = inputs.positions if inputs else unused
+        slots = inputs.slots if inputs else unused
+        _best_kernel[(rows, self._tiles)](
+            logits,
+            self._work,
+            self._best,
+            self._where,
+            numbers,
+            positions,
+            slots,
+            history.table,
+            history.recent,
+            inputs.first_edits if inputs else unused,
+            inputs.edit_pairs if inputs else unused,
+            inputs.rows if inputs else 0,
+            VOCAB=self.vocabulary,
+            TILE=self._tile,
+            ADJUST=given,
+            num_warps=8,
+            # As torch does it: a fused multiply-add would round penalties otherwise.
+            enable_fp_fusion=False,
+        )
+        _draw_kernel[(rows,)](
+            self._work,
+            self._ids,
+            self._best,
+            self._where,
+            numbers,
+            inputs.top_ps if inputs else unused,
+            inputs.top_ks if inputs else unused,
+            inputs.seeds if inputs else unused,
+            positions,
+            slots,
+            history.table,
+            history.recent,
+            out,
+            inputs.rows if inputs else 0,
+            self._tiles,
+            VOCAB=self.vocabulary,
+            TILES_PAD=triton.next_power_of_2(self._tiles),
+            CHUNK=self._chunk,
+            ADJUST=given,
+            num_warps=16 if given else 1,
+        )
+
+    def logprobs(
+        self, logits: torch.Tensor, inputs: SamplingInputs, tokens: torch.Tensor
+    ) -> Logprobs:
+        """Of `tokens` (int64 `[rows]`) and of as many best ones as each row asked for, up to the
+        number given at construction. The next call overwrites the result."""
+        self._check(logits, tokens)
+        rows, found = logits.shape[0], self._logprobs
+        _top_kernel[(rows, self._tiles)](
+            logits,
+            tokens,
+            inputs.tops,
+            self._top_values,
+            self._top_ids,
+            self._sums,
+            self._ranks,
+            VOCAB=self.vocabulary,
+            TILE=self._tile,
+            MOST=max(1, self._most),
+            num_warps=8,
+        )
+        _logprob_kernel[(rows,)](
+            logits,
+            tokens,
+            inputs.tops,
+            self._top_values,
+            self._top_ids,
+            self._sums,
+            self._ranks,
+            found.logprob,
+            found.rank,
+            found.top_ids,
+            found.top_logprobs,
+            self._tiles,
+            VOCAB=self.vocabulary,
+            TILES_PAD=triton.next_power_of_2(self._tiles),
+            MOST=max(1, self._most),
+            MOST_PAD=triton.next_power_of_2(max(1, self._most)),
+            num_warps=4,
+        )
+        return Logprobs(
+            found.logprob[:rows], found.rank[:rows], found.top_ids[:rows], found.top_logprobs[:rows]
+        )
+
+    def _check(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        rows = logits.shape[0]
+        check("logits", logits, (-1, self.vocabulary), *FLOATS)
+        check("tokens", tokens, (rows,), torch.int64)
+        if rows > self.rows:
+            raise ValueError(f"{rows} rows are more than the {self.rows} prepared for")

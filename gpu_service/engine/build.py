@@ -131,7 +131,7 @@ def assemble(
         dtype=str(model.dtype).removeprefix("torch."),
         offload_transport=config.offload_transport if host.blocks else "",
     )
-    return BuiltCore(EngineCore(scheduler, runner, host), ready)
+    return BuiltCore(EngineCore(scheduler, runner, host, spec.vocab_size), ready)
 
 
 def resolve_device(name: str) -> torch.device:

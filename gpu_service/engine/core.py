@@ -48,6 +48,10 @@ class SamplingRows(Mapping[int, SamplingRow]):
         return len(self._running)
 
 
+Observer = Callable[[IterationPlan, SweepResult, float], None]
+"""`observe(plan, result, seconds)`, once the result has been taken in."""
+
+
 @dataclass(frozen=True)
 class _Flight:
     """An iteration whose result has not been taken in."""
@@ -76,10 +80,12 @@ class EngineCore:
         scheduler: Scheduler,
         runner: Runner,
         host: HostTier,
+        vocab_size: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
         self.host = host
+        self.vocab_size = vocab_size
         self._runner = runner
         self._clock = clock
         self._sampling = SamplingRows(scheduler.state.running_by_key)
@@ -88,6 +94,8 @@ class EngineCore:
         self._stopping = False
         self._last_load: Load | None = None
         self._flight: _Flight | None = None
+        self.observe: Observer | None = None
+        """Told of each iteration, for measurements."""
         self._landed_at = 0.0
         self.made_progress = False
         """The last `step` ran something, so the next one may have something to run, too."""
@@ -158,6 +166,8 @@ class EngineCore:
                 self.scheduler.observe_host_sweep(1e3 * (now - started))
         self.scheduler.update(plan, result, now)
         self._statistics.observe(now - started, len(result.tokens))
+        if self.observe is not None:
+            self.observe(plan, result, now - started)
 
     def _output(self) -> Output | None:
         news, load = self.scheduler.take_news(), self._load()

@@ -166,3 +166,7 @@ class SweepResult:
     """Choices whose request ends."""
     prompt_logprobs: Mapping[int, list[TokenLogprob]] = field(default_factory=dict)
     """Choice -> one for each of the row's `logprob_targets`."""
+    device_seconds: float = 0.0
+    """The device's time for the sweep, where it is known."""
+    waited_seconds: float = 0.0
+    """How long the engine's thread waited for the device."""

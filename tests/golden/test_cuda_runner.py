@@ -11,23 +11,33 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("tests/gpu runs the same on the device", allow_module_level=True)
-
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Submit
 from gpu_service.model.model import load_model
 from tests.support.engine import config, greedy, local_core, run, triton_core
 from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
 
-OUTPUT = 6
-LENGTHS = (1, 15, 16, 17, 35)
+OUTPUT = 5
+LENGTHS = (1, 17, 30)
 HOW: dict[str, dict[str, Any]] = {
     "never": {"offload": "never"},
     "never-chunked": {"offload": "never", "max_batch_tokens": 11},
-    "small-gpu-pool": {"offload": "auto", "gpu_kv_blocks": 5, "max_batch_tokens": 64},
+    "small-gpu-pool": {"offload": "auto", "gpu_kv_blocks": 3, "max_batch_tokens": 64},
     "forced-3": {"offload": "auto", "force_migration_every": 3, "max_batch_tokens": 24},
 }
+DEFAULT = {
+    ("llama", "never"),
+    ("qwen3", "never-chunked"),
+    ("mistral", "small-gpu-pool"),
+    ("qwen2", "forced-3"),
+}
+# The interpreter takes seconds a case: a family for each way by default, all of them in the slow
+# tier and on a CUDA device (tests/gpu).
+CASES = [
+    pytest.param(family, how, marks=[] if (family, how) in DEFAULT else [pytest.mark.slow])
+    for family in FAMILIES
+    for how in HOW
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +73,7 @@ def count_overlaps(made: EngineCore) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "how"), CASES)
 def test_tokens_are_those_of_transformers(
     directories: dict[str, Path], family: str, how: str
 ) -> None:
@@ -112,7 +121,8 @@ def test_draws_are_those_of_the_cpu_device(
 def test_logits_that_are_not_finite_end_their_request_alone(directories: dict[str, Path]) -> None:
     made = core(directories["llama"], offload="never")
     model = made._runner._sweeps.model  # type: ignore[attr-defined]
-    model.embedding[250] = float("nan")
+    with torch.inference_mode():
+        model.embedding[250] = float("nan")
     bad = greedy("bad", [5, 6, 250], OUTPUT)
     good = greedy("good", prompts()[2], OUTPUT)
     answers = run(made, [bad, good])
@@ -121,6 +131,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(directories: dict[st
     assert answers.tokens["good", 0] == greedy_tokens(reference, prompts()[2], OUTPUT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", ["slots", "positions", "sources", "samples"])
 def test_wrong_inputs_show_in_the_tokens(directories: dict[str, Path], mutant: str) -> None:
     made = core(directories["llama"], offload="never", max_batch_tokens=11)

@@ -100,7 +100,7 @@ MUTANTS: dict[str, tuple[str, Callable[[CausalLM], None]]] = {
         "mistral",
         lambda m: m.layers[0].input_norm.copy_(m.layers[0].post_norm.clone()),
     ),
-    "no final norm": ("mistral-full", lambda m: m._final_norm.fill_(1.0)),
+    "no final norm": ("mistral-full", lambda m: m.final_norm.fill_(1.0)),
 }
 
 

@@ -8,13 +8,11 @@ from gpu_service.pipeline.device_kv import AttentionGeometry, DecodeTables
 from kernels.gpu.decode_attention import DecodeAttention, choose_splits
 from kernels.gpu.kv_cache import GpuKvLayout
 
-_GPU_MULTIPROCESSORS = 132
-"""Of an H100; what `choose_splits` aims at where the device does not tell."""
-
 
 def multiprocessors(device: torch.device) -> int:
+    """1 in the interpreter, where each program costs the same."""
     if device.type != "cuda":
-        return _GPU_MULTIPROCESSORS
+        return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

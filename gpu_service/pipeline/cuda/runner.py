@@ -4,6 +4,7 @@ stay on the device for the sweep after it."""
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -72,6 +73,7 @@ class CudaRunner:
             return self._inline.launch(resolved, sampling)
         (batch,) = plan.batches
         shape = self._sweeps.table.shape_for(batch)
+        begin = self._mark()
         self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn)
         if not self._sweeps.graphs.replay(shape):
             longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
@@ -83,22 +85,29 @@ class CudaRunner:
             if not is_out_of_memory(error):
                 raise
             return DoneSweep(out_of_memory(plan, frozenset()))
-        return self._landing_sweep(shape, logprobs, prompt_logprobs)
+        return self._landing_sweep(shape, begin, logprobs, prompt_logprobs)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """Now, in the device's time."""
+        if not self._sweeps.activations.drawn.is_cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
     def _landing_sweep(
         self,
         shape: SweepShape,
+        begin: torch.cuda.Event | None,
         logprobs: dict[int, TokenLogprob | None],
         prompt_logprobs: dict[int, list[TokenLogprob]],
     ) -> QueuedSweep:
         self._turn ^= 1
         drawn, landing = self._sweeps.activations.drawn, self._landing[self._turn]
         landing[: shape.sequences].copy_(drawn[: shape.sequences], non_blocking=True)
-        event = None
-        if drawn.is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        return QueuedSweep(event, landing, self._drawn, logprobs, prompt_logprobs)
+        end = self._mark()
+        events = (begin, end) if begin and end else None
+        return QueuedSweep(events, landing, self._drawn, logprobs, prompt_logprobs)
 
     # -- what greedy sweeps do without -------------------------------------------------------
 
@@ -178,13 +187,13 @@ class QueuedSweep:
 
     def __init__(
         self,
-        event: torch.cuda.Event | None,
+        events: tuple[torch.cuda.Event, torch.cuda.Event] | None,
         landing: torch.Tensor,
         indices: dict[int, int],
         logprobs: dict[int, TokenLogprob | None],
         prompt_logprobs: dict[int, list[TokenLogprob]],
     ) -> None:
-        self._event = event
+        self._events = events
         self._landing = landing
         self._indices = indices
         self._logprobs = logprobs
@@ -196,8 +205,12 @@ class QueuedSweep:
         return False
 
     def result(self) -> SweepResult:
-        if self._event is not None:
-            self._event.synchronize()
+        device_seconds, waiting = 0.0, time.perf_counter()
+        if self._events is not None:
+            begin, end = self._events
+            end.synchronize()
+            device_seconds = 1e-3 * float(begin.elapsed_time(end))
+        waited = time.perf_counter() - waiting
         ids: list[int] = self._landing.tolist()
         tokens: dict[int, SampledToken] = {}
         failed: dict[int, Failure] = {}
@@ -206,7 +219,13 @@ class QueuedSweep:
                 failed[key] = NOT_FINITE
             else:
                 tokens[key] = SampledToken(ids[index], self._logprobs.get(key))
-        return SweepResult(tokens=tokens, failed=failed, prompt_logprobs=self._prompt_logprobs)
+        return SweepResult(
+            tokens=tokens,
+            failed=failed,
+            prompt_logprobs=self._prompt_logprobs,
+            device_seconds=device_seconds,
+            waited_seconds=waited,
+        )
 
 
 def _uses_host(batch: SubBatch) -> bool:

@@ -1,0 +1,190 @@
+"""Throughput of the engine core alone: no services, no tokenizer, all requests at once.
+
+    python -m benchmarks.engine --model llama3-8b --load-format dummy --gpu-kv-blocks 1650 \
+        --workload 1000x200 --requests 200
+
+One line a workload: requests and output tokens per second of the whole run and of its middle 60%
+(from the end of the first fifth of the requests to that of the fourth), and where the time went:
+device time of iterations with and without prompt chunks, and time in which the device had nothing
+to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fingerprint import fingerprint
+from benchmarks.workloads import Lengths, read_workload
+from gpu_service.config import GpuServiceConfig
+from gpu_service.engine.build import build_core
+from gpu_service.engine.core import EngineCore
+from gpu_service.engine.messages import SamplingSpec, Submit
+from gpu_service.scheduling.plan import IterationPlan, SweepResult
+
+MODELS = Path(__file__).parent / "models"
+
+
+@dataclass
+class Phases:
+    """Where an engine's time went; fed with every iteration."""
+
+    prefill_seconds: float = 0.0
+    """Device time of iterations with prompt chunks."""
+    decode_seconds: float = 0.0
+    """Device time of iterations without."""
+    waited_seconds: float = 0.0
+    """The engine's thread waited for the device."""
+    iterations: int = 0
+    decode_iterations: list[tuple[int, float]] = field(default_factory=list)
+    """Rows and device seconds."""
+
+    def observe(self, plan: IterationPlan, result: SweepResult, _: float) -> None:
+        self.iterations += 1
+        self.waited_seconds += result.waited_seconds
+        if any(batch.prefill for batch in plan.batches):
+            self.prefill_seconds += result.device_seconds
+        else:
+            self.decode_seconds += result.device_seconds
+            rows = sum(len(batch.gpu_decode) for batch in plan.batches)
+            self.decode_iterations.append((rows, result.device_seconds))
+
+
+@contextmanager
+def model_folder(name: str) -> Iterator[str]:
+    """A folder with the config of a model of this package, or the path that was given."""
+    known = MODELS / f"{name}.json"
+    if not known.exists():
+        yield name
+        return
+    with tempfile.TemporaryDirectory(prefix="neo-model-") as folder:
+        shutil.copy(known, Path(folder) / "config.json")
+        yield folder
+
+
+def submit_all(core: EngineCore, lengths: Sequence[Lengths], seed: int) -> None:
+    vocabulary = 30_000 if core.vocab_size > 30_000 else core.vocab_size - 3
+    draw = random.Random(seed)
+    for number, request in enumerate(lengths):
+        core.handle(
+            Submit(
+                request_id=f"r{number}",
+                prompt_token_ids=[3 + draw.randrange(vocabulary) for _ in range(request.prompt)],
+                sampling=SamplingSpec(temperature=0, max_tokens=request.output, ignore_eos=True),
+                arrival=time.monotonic(),
+            )
+        )
+
+
+def run(core: EngineCore, lengths: Sequence[Lengths], seed: int) -> dict[str, Any]:
+    """Submit everything and run until all is done."""
+    phases = Phases()
+    core.observe = phases.observe
+    submit_all(core, lengths, seed)
+    ends: list[float] = []
+    tokens = host_tokens = 0
+    started = time.perf_counter()
+    while core.scheduler.live_requests:
+        output = core.step()
+        if output is None:
+            continue
+        assert not output.refusals, output.refusals
+        for usage in output.usages:
+            ends.append(time.perf_counter() - started)
+            tokens += usage.completion_tokens
+            host_tokens += usage.host_tokens
+    seconds = time.perf_counter() - started
+    assert tokens == sum(request.output for request in lengths), "tokens are missing"
+    first, last = ends[len(ends) // 5], ends[-(len(ends) // 5) - 1]
+    middle = (len(ends) - 2 * (len(ends) // 5) - 1) / (last - first) if last > first else 0.0
+    busy = phases.prefill_seconds + phases.decode_seconds
+    return {
+        "requests": len(lengths),
+        "seconds": round(seconds, 3),
+        "requests_per_second": round(len(lengths) / seconds, 3),
+        "middle_requests_per_second": round(middle, 3),
+        "output_tokens_per_second": round(tokens / seconds, 1),
+        "host_tokens": host_tokens,
+        "iterations": phases.iterations,
+        "prefill_seconds": round(phases.prefill_seconds, 3),
+        "decode_seconds": round(phases.decode_seconds, 3),
+        "device_idle_seconds": round(seconds - busy, 3),
+        "host_busy_seconds": round(seconds - phases.waited_seconds, 3),
+        "decode_iteration_ms": _decode_times(phases),
+    }
+
+
+def _decode_times(phases: Phases) -> dict[int, float]:
+    """Rows -> median device milliseconds of iterations without prompt chunks."""
+    by_rows: dict[int, list[float]] = {}
+    for rows, seconds in phases.decode_iterations:
+        by_rows.setdefault(rows, []).append(seconds)
+    common = sorted(by_rows, key=lambda rows: -len(by_rows[rows]))[:5]
+    return {
+        rows: round(1e3 * sorted(by_rows[rows])[len(by_rows[rows]) // 2], 3)
+        for rows in sorted(common)
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="llama3-8b", help="of benchmarks/models, or a path")
+    parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--gpu-kv-blocks", type=int, default=0)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--max-batch-tokens", type=int, default=512)
+    parser.add_argument("--max-running-requests", type=int, default=256)
+    parser.add_argument("--workload", action="append", help="INxOUT or lengths; repeatable")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    args = parser.parse_args(argv)
+    with model_folder(args.model) as folder:
+        config = GpuServiceConfig(
+            model=folder,
+            device=args.device,
+            dtype=args.dtype,
+            load_format=args.load_format,
+            gpu_kv_blocks=args.gpu_kv_blocks,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+            offload="never",
+            max_batch_tokens=args.max_batch_tokens,
+            max_running_requests=args.max_running_requests,
+            max_waiting_requests=1 << 20,
+        )
+        began = time.perf_counter()
+        built = build_core(config, _progress)
+    print(f"ready after {time.perf_counter() - began:.1f} s: {built.ready}", file=sys.stderr)
+    figures = {}
+    run(built.core, read_workload("64x8", min(args.requests, 32)), args.seed + 1)  # warm up
+    for name in args.workload or ["1000x200"]:
+        figures[name] = run(built.core, read_workload(name, args.requests, args.seed), args.seed)
+        print(f"{args.model} {name}: {json.dumps(figures[name])}", flush=True)
+    built.core.close()
+    if args.json:
+        options = {k: str(v) for k, v in vars(args).items()}
+        found = {"machine": fingerprint(), "options": options, "figures": figures}
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+def _progress(stage: str, done: int, total: int) -> None:
+    if done in (0, total):
+        print(f"{time.strftime('%X')} {stage}: {done} of {total}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

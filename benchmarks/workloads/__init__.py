@@ -1,0 +1,47 @@
+"""Requests of a benchmark as lengths of prompt and output."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SPREAD = 0.1
+"""`INxOUT` draws each length uniformly within that part of the stated one."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one request."""
+
+    prompt: int
+    output: int
+
+
+def read_workload(name: str, requests: int, seed: int = 0) -> list[Lengths]:
+    """`requests` of `INxOUT` (such as 1000x200), or the first ones of a file of lengths: a path, or
+    a name in this folder without its ending. ValueError where there are none."""
+    fixed = re.fullmatch(r"(\d+)x(\d+)", name)
+    if fixed is None:
+        return _from_file(name, requests)
+    draw = random.Random(seed)
+    prompt, output = (int(group) for group in fixed.groups())
+    return [Lengths(_about(draw, prompt), _about(draw, output)) for _ in range(requests)]
+
+
+def _about(draw: random.Random, length: int) -> int:
+    return max(1, round(length * draw.uniform(1 - SPREAD, 1 + SPREAD)))
+
+
+def _from_file(name: str, requests: int) -> list[Lengths]:
+    path = Path(name)
+    if not path.exists():
+        path = Path(__file__).parent / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"workload {name!r} is neither INxOUT nor a file of lengths")
+    rows = json.loads(path.read_text())
+    if len(rows) < requests:
+        raise ValueError(f"workload {name!r} has {len(rows)} requests, not {requests}")
+    return [Lengths(*row) for row in rows[:requests]]

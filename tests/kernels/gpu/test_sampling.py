@@ -243,7 +243,7 @@ MUTANTS = {
     "temperature ignored": ("tl.div_rn(x - best, temperature)", "x - best"),
     "min-p ignored": ("tl.maximum(floor, min_floor)", "floor"),
     "top-p ignored": ("top_p * total", "total"),
-    "compacted to the wrong places": ("ids_ptr + place, start + lane", "ids_ptr + place, lane"),
+    "compacted to the wrong places": ("ids_ptr + place, start + lane", "ids_ptr + place, place"),
     "the first chunk only": ("running = after", "running = running"),
     "prompt not penalised": ("(seen > 0) | (count > 0)", "count > 0"),
     "output not counted": ("(seen >> 1)", "(seen & 1)"),

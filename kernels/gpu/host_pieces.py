@@ -36,6 +36,10 @@ def _host_order(
 ):
     """Offsets in a host region's K or V of the padded tile's elements, turned; which ones exist."""
     at = tl.arange(0, BLOCK * DIM_PAD)
+    if DIM == DIM_PAD:
+        # Said by itself: from the divisions below the compiler does not see that it may store
+        # 16 bytes at a time.
+        return at, at >= 0
     if IS_KEY:
         inner, outer = at % (16 * W), at // (16 * W)
         dim = outer % (DIM_PAD // W) * W + inner % W

@@ -1,9 +1,10 @@
 """GPU kernels against their floor (bytes / measured bandwidth) and against torch.
 
-    python -m benchmarks.kernels.gpu [--json FILE] [--sweep]
+    python -m benchmarks.kernels.gpu [--json FILE] [--sweep] [--small]
 
 Median of device events over rotating buffers larger than the L2 cache, replayed from a CUDA graph
-so that launches do not count. `--sweep` tries decode attention's tile, warps, stages and splits.
+so that launches do not count. `--sweep` tries decode attention's tile, warps, stages and splits;
+`--small` leaves attention out.
 """
 
 from __future__ import annotations
@@ -138,13 +139,17 @@ def small_kernels(rows: int) -> Iterator[tuple[str, float, float, float]]:
     qkv, q = make(rows, heads + 2 * kv_heads, dim), make(rows, heads, dim)
     cos_sin = torch.randn(8192, 2, dim // 2, device="cuda", dtype=BF16)
     positions = torch.arange(rows, device="cuda")
-    ours = median_us(
-        [
-            lambda i=i: rope_store(
-                qkv[i], cos_sin, positions, positions, q[i], cache, layout, eps=1e-5
-            )
-            for i in range(sets)
-        ]
+    norms = torch.randn(2, dim, device="cuda", dtype=BF16)
+    ours, normed = (
+        median_us(
+            [
+                lambda i=i, norm=norm: rope_store(
+                    qkv[i], cos_sin, positions, positions, q[i], cache, layout, qk_norm=norm
+                )
+                for i in range(sets)
+            ]
+        )
+        for norm in (None, norms)
     )
 
     def plain(i: int) -> None:
@@ -157,7 +162,9 @@ def small_kernels(rows: int) -> Iterator[tuple[str, float, float, float]]:
         flat[: done[:, heads:].numel()] = done[:, heads:].reshape(-1)
 
     theirs = median_us([lambda i=i: plain(i) for i in range(sets)])
-    yield "rope + KV store", 2 * rows * (heads + 2 * kv_heads) * dim * 2, ours, theirs
+    moved = 2 * rows * (heads + 2 * kv_heads) * dim * 2
+    yield "rope + KV store", moved, ours, theirs
+    yield "rope with Q/K norm", moved, normed, math.nan
 
 
 DECODES = {
@@ -193,11 +200,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     lines: list[dict[str, object]] = []
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s", flush=True)
-    for name, shape in DECODES.items():
+    for name, shape in () if args.small else DECODES.items():
         bench = DecodeBench(*shape)
         ours, theirs = bench.run(), bench.torch_us()
         share = bench.bytes / (ours / 1e6) / bandwidth

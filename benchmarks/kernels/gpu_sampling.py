@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,10 @@ def torch_top_p(logits: torch.Tensor, share: float) -> torch.Tensor:
     return ids.gather(1, torch.multinomial(values, 1))
 
 
+def torch_logprobs(logits: torch.Tensor, top: int) -> None:
+    logits.float().log_softmax(-1).topk(top)
+
+
 def sampling(rows: int) -> Iterator[Line]:
     logits = [torch.randn(rows, VOCABULARY, device="cuda", dtype=BF16) * 3 for _ in range(4)]
     size = rows * VOCABULARY * 2
@@ -61,9 +66,7 @@ def sampling(rows: int) -> Iterator[Line]:
     for top in (0, 5, 20):
         inputs.send([RowWish(logprobs=top)] * rows)
         ours = median_us([lambda x=x: sampler.logprobs(x, inputs, out) for x in logits])
-        theirs = median_us(
-            [lambda x=x, k=max(1, top): x.float().log_softmax(-1).topk(k) for x in logits]
-        )
+        theirs = median_us([partial(torch_logprobs, x, max(1, top)) for x in logits])
         yield f"logprobs {top}, {rows} rows", size, ours, theirs
 
 

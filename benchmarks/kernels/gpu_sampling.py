@@ -1,6 +1,6 @@
 """The sampler and the blocks on their way to the host, against bytes and torch.
 
-    python -m benchmarks.kernels.gpu_sampling [--json FILE]
+    python -m benchmarks.kernels.gpu_sampling [--json FILE] [--sweep]
 
 Sampling: logits `[rows, 128,256]` in bf16, normal with a standard deviation of 3. Floor: the logits
 read once. Blocks: a request of 1,000 tokens of Llama-3-8B; floor: read once, written once.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,18 @@ def sampling(rows: int) -> Iterator[Line]:
         yield f"logprobs {top}, {rows} rows", size, ours, theirs
 
 
+def chunks(rows: int) -> Iterator[Line]:
+    """How many logits a program looks at in one go."""
+    logits = [torch.randn(rows, VOCABULARY, device="cuda", dtype=BF16) * 3 for _ in range(4)]
+    inputs = SamplingInputs(rows, 1, "cuda")
+    inputs.send([RowWish(seed=row, **WISHES["top-p 0.9"]) for row in range(rows)])
+    out = torch.empty(rows, dtype=torch.int64, device="cuda")
+    for chunk in (2048, 4096, 8192, 16384):
+        sampler = Sampler(rows, VOCABULARY, "cuda", chunk=chunk)
+        us = median_us([partial(sampler.sample, x, inputs, out) for x in logits])
+        yield f"top-p 0.9, {rows} rows, chunk {chunk}", rows * VOCABULARY * 2, us, math.nan
+
+
 def blocks() -> Iterator[Line]:
     layout, count = GpuKvLayout(32, 200, 8, 16, 128), 63
     cache = torch.randn(layout.shape, device="cuda").to(BF16)
@@ -94,11 +107,15 @@ def blocks() -> Iterator[Line]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--sweep", action="store_true")
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     lines: list[dict[str, object]] = []
-    for source in (sampling(24), sampling(256), blocks()):
+    sources = [sampling(24), sampling(256), blocks()]
+    if args.sweep:
+        sources += [chunks(24), chunks(256)]
+    for source in sources:
         for name, size, ours, theirs in source:
             rate = size / ours / 1e3
             print(f"{name:44s} {ours:8.1f} us {rate:7.0f} GB/s  torch {theirs:8.1f}", flush=True)

@@ -22,6 +22,7 @@ from gpu_service.pipeline.launch import Runner
 from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts
 from gpu_service.pipeline.runner import PlanRunner
+from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.scheduler import Scheduler
 from kernels.cpu import ThreadPool
@@ -100,6 +101,9 @@ def assemble(
     # Longer requests would fit on neither tier.
     capacity = max(gpu.blocks, host.blocks) * config.block_tokens
     context = min(max_context(config, spec), capacity)
+    costs: SweepCosts | None = None
+    if sweeps is not None and model.device.type == "cuda":
+        costs = sweeps.costs()
     scheduler = Scheduler(
         SchedulerLimits(
             gpu_blocks=gpu.blocks,
@@ -113,7 +117,8 @@ def assemble(
             eos_token_ids=frozenset(spec.eos_token_ids),
             lease_seconds=config.lease_seconds,
             force_migration_every=config.force_migration_every,
-        )
+        ),
+        costs,
     )
     parts = EngineParts(model, geometry, gpu, host)
     sampler = Sampler(spec.eos_token_ids)

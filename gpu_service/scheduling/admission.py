@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gpu_service.kv.table import blocks_for
 from gpu_service.scheduling.batching import BatchBuilder
 from gpu_service.scheduling.plan import Failure, Tier
@@ -45,28 +47,32 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
     A choice that finds no room holds back everyone behind it on the tiers where it may be, and on
     no others."""
     started: list[Choice] = []
-    blocked: set[Tier] = set()
-    # No tier has room for anybody once both are blocked; the rest of the queue need not be looked
-    # at.
+    open_tiers = {tier for tier in Tier if state.usable(tier)}
+    headroom = {tier: state.growth(tier, ADMISSION_HORIZON_TOKENS) for tier in open_tiers}
+    # Once no tier is open the rest of the queue need not be looked at.
     for choice in list(state.waiting):
-        if batch.budget == 0 or len(state.running) >= state.limits.running_bound:
+        room = batch.budget > 0 and len(state.running) < state.limits.running_bound
+        if not room or not open_tiers:
             break
-        tiers = choice.request.tiers
-        tier = next((t for t in tiers if t not in blocked and _fits(state, choice, t)), None)
+        tier = next(
+            (
+                t
+                for t in choice.request.tiers
+                if t in open_tiers and _fits(state, choice, t, headroom)
+            ),
+            None,
+        )
         if tier is None:
-            blocked.update(tiers)
-            if len(blocked) == len(Tier):
-                break
+            open_tiers.difference_update(choice.request.tiers)
             continue
         state.start(choice, tier, state.shareable_blocks(choice, tier))
+        headroom[tier] += state.growth_of(choice, ADMISSION_HORIZON_TOKENS)
         batch.add(choice)
         started.append(choice)
     return started
 
 
-def _fits(state: SchedulerState, choice: Choice, tier: Tier) -> bool:
-    if not state.usable(tier):
-        return False
+def _fits(state: SchedulerState, choice: Choice, tier: Tier, headroom: Mapping[Tier, int]) -> bool:
     size, pool = state.limits.block_tokens, state.pools[tier]
     shared = len(state.shareable_blocks(choice, tier))
     blocks = blocks_for(choice.length, size) - shared
@@ -74,6 +80,5 @@ def _fits(state: SchedulerState, choice: Choice, tier: Tier) -> bool:
         # Alone it need not leave room to grow: it may move or be recomputed once it has outgrown
         # the tier.
         return pool.can_allocate(blocks)
-    headroom = state.growth(tier, ADMISSION_HORIZON_TOKENS)
     own = blocks_for(choice.length_after(ADMISSION_HORIZON_TOKENS), size) - shared
-    return pool.can_allocate(own + headroom)
+    return pool.can_allocate(own + headroom[tier])

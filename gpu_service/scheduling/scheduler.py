@@ -16,6 +16,8 @@ from gpu_service.engine.messages import Submit, TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling import admission, residency
 from gpu_service.scheduling.batching import BatchBuilder, add_running
+from gpu_service.scheduling.budget import token_budget
+from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.news import News
 from gpu_service.scheduling.plan import (
@@ -42,8 +44,11 @@ HOST_AVERAGE_WEIGHT = 0.2
 class Scheduler:
     """Not thread-safe. Times are seconds of one monotonic clock, given by the caller."""
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, costs: SweepCosts | None = None) -> None:
+        """`costs`: what sweeps take, by which prompts are cut into chunks; None makes chunks as
+        large as the limits allow."""
         limits.validate()
+        self.costs = costs
         self.state = SchedulerState(limits)
         self.limits = limits
         self.iterations = 0
@@ -137,7 +142,7 @@ class Scheduler:
         migrations += residency.grow(state)
         if not migrations and not self.limits.force_migration_every:
             migrations += residency.promote(state)
-        batch = BatchBuilder(self.limits.max_batch_tokens, self.iterations)
+        batch = BatchBuilder(token_budget(state, self.costs), self.iterations)
         add_running(state, batch)
         for choice in admission.admit(state, batch):
             request = choice.request
@@ -190,6 +195,7 @@ class Scheduler:
 
     def update(self, plan: IterationPlan, result: SweepResult, now: float) -> None:
         """Take in what became of a plan that was `launched`; plans come in their order."""
+        self._learn(plan, result)
         for key in result.lost:
             choice = self.state.running_by_key.get(key)
             if choice is not None:
@@ -237,6 +243,15 @@ class Scheduler:
         return sum(len(request.prompt) for request in self._unstarted.values())
 
     # -- within ------------------------------------------------------------------------------
+
+    def _learn(self, plan: IterationPlan, result: SweepResult) -> None:
+        if self.costs is None or not result.device_seconds or plan.migrations:
+            return
+        (batch,) = plan.batches
+        if not batch.host_decode:
+            context = sum(row.length for row in batch.gpu_decode)
+            milliseconds = 1e3 * result.device_seconds
+            self.costs.observe(batch.tokens, bool(batch.prefill), context, milliseconds)
 
     def _arrive(
         self,

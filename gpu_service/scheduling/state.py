@@ -89,12 +89,12 @@ class SchedulerState:
 
     def growth(self, tier: Tier, horizon_tokens: int) -> int:
         """Blocks that the choices on `tier` will ask for in their next `horizon_tokens` tokens."""
-        size = self.limits.block_tokens
-        return sum(
-            max(0, blocks_for(c.length_after(horizon_tokens), size) - len(c.table))
-            for c in self.running
-            if c.tier is tier
-        )
+        return sum(self.growth_of(c, horizon_tokens) for c in self.running if c.tier is tier)
+
+    def growth_of(self, choice: Choice, horizon_tokens: int) -> int:
+        """Blocks that a running choice will ask for in its next `horizon_tokens` tokens."""
+        needed = blocks_for(choice.length_after(horizon_tokens), self.limits.block_tokens)
+        return max(0, needed - len(choice.table))
 
     # -- verbs -------------------------------------------------------------------------------
 

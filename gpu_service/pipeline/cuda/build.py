@@ -50,7 +50,7 @@ def open_cuda(
 
     Raises ValueError, with the arithmetic, if the pool does not fit.
     """
-    table = limits.table or shape_table(limits.max_running)
+    table = limits.table or shape_table(limits.max_running, limits.max_batch_tokens)
     buffers = _buffers(model, geometry, limits, table)
     blocks = limits.kv_blocks
     if model.device.type == "cuda":
@@ -77,6 +77,8 @@ def _buffers(
     # Padding of a first sweep, before anything was sent.
     inputs.slots.fill_(-1)
     inputs.sources.fill_(-1)
+    # Not zeros: the arithmetic's speed depends on what is multiplied.
+    inputs.token_ids.random_(model.spec.vocab_size)
     return _Buffers(inputs, Activations(model, rows, sequences, (sequences, width)))
 
 

@@ -15,6 +15,7 @@ import torch
 from gpu_service.model.model import CausalLM
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import multiprocessors
+from gpu_service.pipeline.cuda.shapes import padded
 from gpu_service.pipeline.device_kv import AttentionGeometry
 from kernels.gpu.decode_attention import DecodeAttention, choose_splits
 from kernels.gpu.kv_cache import GpuKvLayout
@@ -152,7 +153,7 @@ class Forward:
         )
         scale, window = geometry.scale, geometry.windows[index]
         if decode:
-            attention = self._decode[decode_size(tuple(self._decode), decode)]
+            attention = self._decode[padded(tuple(self._decode), decode)]
             attention(
                 buffers.q[:decode],
                 layer_kv,
@@ -188,8 +189,3 @@ class Forward:
         drawn = buffers.drawn[:samples]
         torch.max(logits, dim=1, out=(best, drawn))
         drawn.masked_fill_(~best.isfinite(), -1)
-
-
-def decode_size(sizes: tuple[int, ...], rows: int) -> int:
-    """The smallest of `sizes` (ascending) that holds `rows`."""
-    return next(size for size in sizes if size >= rows)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from gpu_service.pipeline.cuda.forward import Forward
 from gpu_service.pipeline.cuda.inputs import SweepShape
 from gpu_service.pipeline.cuda.shapes import ShapeTable
+from gpu_service.scheduling.costs import SweepCosts
 
 Progress = Callable[[str, int, int], None]
 
-_TIMED_REPLAYS = 3
+_TIMED_SWEEPS = 3
 
 
 class SweepGraphs:
@@ -20,12 +22,15 @@ class SweepGraphs:
 
     def __init__(self) -> None:
         self._graphs: dict[SweepShape, torch.cuda.CUDAGraph] = {}
-        self.milliseconds: dict[SweepShape, float] = {}
-        """What each took without a token of context: the dense layers and all launches."""
+        self._decode_ms: dict[int, float] = {}
+        self._mixed_ms: dict[int, float] = {}
+        self._beside_chunks: tuple[int, ...] = ()
 
     def capture(self, forward: Forward, table: ShapeTable, progress: Progress) -> None:
-        """Inputs must be padding alone: the sweeps run for real, to compile and to be timed."""
+        """Inputs must store nothing and have no context: the sweeps run for real, to compile and to
+        be timed."""
         shapes = list(table.captured())
+        self._beside_chunks = table.beside_chunks
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -43,9 +48,25 @@ class SweepGraphs:
                 finally:
                     graph.capture_end()
                 self._graphs[shape] = graph
-                self.milliseconds[shape] = _time(graph, stream)
+                self._note(shape, _time(graph.replay, stream))
+            for rows in table.eager:
+                shape = SweepShape(0, rows, 1)
+                sweep = partial(forward.run, shape, shape.prefill)
+                self._note(shape, _time(sweep, stream))
         torch.cuda.current_stream().wait_stream(stream)
         progress("CUDA graphs", len(shapes), len(shapes))
+
+    def costs(self, context_ms: float) -> SweepCosts:
+        """What was timed. `context_ms`: a first guess at a context token's cost."""
+        return SweepCosts(self._decode_ms, self._mixed_ms, context_ms, self._beside_chunks)
+
+    def _note(self, shape: SweepShape, milliseconds: float) -> None:
+        if not shape.prefill:
+            self._decode_ms[shape.rows] = milliseconds
+        else:
+            # The same number of rows, however many of them decode.
+            known = self._mixed_ms.get(shape.rows, milliseconds)
+            self._mixed_ms[shape.rows] = max(known, milliseconds)
 
     def replay(self, shape: SweepShape) -> bool:
         """False if there is no graph of that shape."""
@@ -56,16 +77,16 @@ class SweepGraphs:
         return True
 
 
-def _time(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
-    """Milliseconds a replay."""
+def _time(sweep: Callable[[], None], stream: torch.cuda.Stream) -> float:
+    """Milliseconds."""
     begin, end = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         for _ in range(2)
     )
-    graph.replay()
+    sweep()
     begin.record(stream)
-    for _ in range(_TIMED_REPLAYS):
-        graph.replay()
+    for _ in range(_TIMED_SWEEPS):
+        sweep()
     end.record(stream)
     end.synchronize()
-    return float(begin.elapsed_time(end)) / _TIMED_REPLAYS
+    return float(begin.elapsed_time(end)) / _TIMED_SWEEPS

@@ -24,6 +24,7 @@ from gpu_service.pipeline.results import (
     out_of_memory,
 )
 from gpu_service.pipeline.runner import PlanRunner
+from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import (
     PENDING_TOKEN,
     DecodeRow,
@@ -34,6 +35,8 @@ from gpu_service.scheduling.plan import (
     SweepResult,
     Tier,
 )
+
+_BYTES_PER_SECOND = 3e12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,13 @@ class CudaSweeps:
     activations: Activations
     forward: Forward
     graphs: SweepGraphs
+
+    def costs(self) -> SweepCosts:
+        """As timed at start, with attention at a high-end device's bandwidth: the first sweeps
+        correct it."""
+        spec, item = self.model.spec, self.model.dtype.itemsize
+        token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * item
+        return self.graphs.costs(1e3 * token_bytes / _BYTES_PER_SECOND)
 
     def runner(self, sampler: Sampler, inline: PlanRunner) -> CudaRunner:
         return CudaRunner(self, sampler, inline)

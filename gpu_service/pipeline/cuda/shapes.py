@@ -9,39 +9,52 @@ from gpu_service.pipeline.cuda.inputs import SweepShape
 from gpu_service.scheduling.plan import SubBatch
 
 _DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_BESIDE_CHUNKS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 # Dense layers of Llama-3-8B on an H100 take 5.5-5.8 ms for 1-64 rows, 6.4 for 128, 7.6 for 256,
 # 10.9 for 384, 12.9 for 512: the steps of cuBLAS's tiles.
-_TOTAL_ROWS = (64, 128, 192, 256, 384, 512)
+_TOTAL_ROWS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_EAGER_ROWS = (1024, 2048, 4096, 8192)
 _CHUNKS = 16
 """Prompt chunks of a captured sweep: padding ones cost an empty program each."""
 
 
 @dataclass(frozen=True)
 class ShapeTable:
-    """decode: padded numbers of decode rows, ascending. totals: of all rows where there are prompt
-    chunks, ascending. chunks: how many chunks those sweeps hold."""
+    """What is captured, and what is not but comes often."""
 
     decode: tuple[int, ...]
+    """Padded numbers of decode rows, ascending."""
     totals: tuple[int, ...]
+    """Padded numbers of all rows where there are prompt chunks, ascending."""
     chunks: int
+    """How many chunks those sweeps hold."""
+    eager: tuple[int, ...] = ()
+    """Larger sweeps that are timed at start, by their rows."""
+
+    @property
+    def beside_chunks(self) -> tuple[int, ...]:
+        """Padded numbers of decode rows beside prompt chunks, ascending: fewer, since those sweeps
+        are padded by their sum."""
+        few = [n for n in self.decode[:-1] if n in _BESIDE_CHUNKS]
+        return (0, *few, self.decode[-1])
 
     def captured(self) -> Iterator[SweepShape]:
         """All padded shapes, the largest first, so that later ones fit into its memory."""
-        for rows in reversed((0, *self.decode)):
+        for rows in reversed(self.beside_chunks):
             for total in reversed(self.totals):
                 if total > rows:
                     yield SweepShape(rows, total - rows, self.chunks)
-            if rows:
-                yield SweepShape(rows, 0, 0)
+        for rows in reversed(self.decode):
+            yield SweepShape(rows, 0, 0)
 
     def shape_for(self, batch: SubBatch) -> SweepShape:
         """The smallest padded shape, or where none is large enough one that fits exactly (with
         padded decode rows, since the decode kernel's workspace depends on them)."""
         rows = len(batch.gpu_decode)
-        decode = next(size for size in (0, *self.decode) if size >= rows)
         prefill = sum(len(chunk.token_ids) for chunk in batch.prefill)
         if not prefill:
-            return SweepShape(decode, 0, 0)
+            return SweepShape(padded(self.decode, rows), 0, 0)
+        decode = padded(self.beside_chunks, rows)
         if len(batch.prefill) <= self.chunks:
             for total in self.totals:
                 if total - decode >= prefill:
@@ -49,7 +62,13 @@ class ShapeTable:
         return SweepShape(decode, prefill, len(batch.prefill))
 
 
-def shape_table(max_running: int) -> ShapeTable:
-    """For up to `max_running` decode rows."""
+def padded(sizes: tuple[int, ...], rows: int) -> int:
+    """The smallest of `sizes` (ascending) that holds `rows`."""
+    return next(size for size in sizes if size >= rows)
+
+
+def shape_table(max_running: int, max_batch_tokens: int) -> ShapeTable:
+    """For up to `max_running` decode rows, and sweeps of that many tokens."""
+    eager = tuple(rows for rows in _EAGER_ROWS if rows <= max_batch_tokens)
     decode = [size for size in _DECODE_SIZES if size < max_running]
-    return ShapeTable((*decode, max_running), _TOTAL_ROWS, _CHUNKS)
+    return ShapeTable((*decode, max_running), _TOTAL_ROWS, _CHUNKS, eager)

@@ -1,0 +1,67 @@
+"""What a sweep costs on this machine: taken at start, corrected by every sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+_NEWEST = 0.05
+"""Weight of the newest measurement."""
+
+
+class SweepCosts:
+    """Milliseconds of GPU-only sweeps by their padded size.
+
+    decode: rows -> ms of a sweep of decode rows alone. mixed: rows -> ms of a sweep of decode rows
+    and prompt chunks together. Both without the attention over decode rows' context, which costs
+    `context_ms` a token.
+    """
+
+    def __init__(
+        self,
+        decode: Mapping[int, float],
+        mixed: Mapping[int, float],
+        context_ms: float,
+        beside_chunks: Sequence[int] = (),
+    ) -> None:
+        """`beside_chunks`: padded numbers of decode rows in sweeps with chunks; empty: any."""
+        assert decode
+        assert mixed
+        self._decode = dict(sorted(decode.items()))
+        self._mixed = dict(sorted(mixed.items()))
+        self.context_ms = context_ms
+        self._beside_chunks = sorted(beside_chunks)
+
+    def padded_decode(self, rows: int) -> int:
+        """How many rows `rows` decode rows take beside chunks."""
+        return next((size for size in self._beside_chunks if size >= rows), rows)
+
+    @property
+    def mixed_sizes(self) -> list[int]:
+        """Ascending."""
+        return list(self._mixed)
+
+    def decode_ms(self, rows: int, context: int) -> float:
+        """A sweep of `rows` decode rows (at least one) that attend to `context` tokens together."""
+        return self._decode[_padded(self._decode, rows)] + context * self.context_ms
+
+    def mixed_ms(self, rows: int, context: int) -> float:
+        """A sweep of `rows` rows, prompt chunks among them; `context` of its decode rows alone."""
+        return self._mixed[_padded(self._mixed, rows)] + context * self.context_ms
+
+    def observe(self, rows: int, has_chunks: bool, context: int, milliseconds: float) -> None:
+        """A sweep took that long on the device."""
+        table = self._mixed if has_chunks else self._decode
+        size = _padded(table, rows)
+        if rows > size:
+            return  # larger than what was measured
+        error = milliseconds - table[size] - context * self.context_ms
+        if has_chunks:
+            table[size] += _NEWEST * error
+        elif context:
+            # Dense layers are known from the start; what varies is the memory's speed.
+            self.context_ms = max(0.0, self.context_ms + _NEWEST * error / context)
+
+
+def _padded(table: Mapping[int, float], rows: int) -> int:
+    """The smallest size that holds `rows`, or the largest there is."""
+    return next((size for size in table if size >= rows), max(table))

@@ -1,0 +1,90 @@
+"""How large a chunk the next iteration takes."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_service.scheduling.budget import token_budget
+from gpu_service.scheduling.costs import SweepCosts
+from gpu_service.scheduling.scheduler import Scheduler
+from tests.support.fake_model import Machine, expected_output, limits, submit
+
+# Rows -> ms, as an H100 with Llama-3-8B: a pass over the weights, then arithmetic.
+DECODE = {1: 6.2, 16: 6.3, 32: 6.4, 64: 6.5, 256: 8.0}
+MIXED = {64: 6.6, 128: 7.0, 256: 8.4, 512: 13.5, 1024: 26.0, 4096: 95.0}
+
+
+def costs() -> SweepCosts:
+    return SweepCosts(DECODE, MIXED, context_ms=5e-5)
+
+
+def scheduler(**changes: object) -> Scheduler:
+    bounds = limits(
+        **{
+            "gpu_blocks": 400,
+            "host_blocks": 0,
+            "max_batch_tokens": 4096,
+            "max_running": 256,
+            "max_context_tokens": 4000,
+            **changes,
+        }
+    )
+    return Scheduler(bounds, costs())
+
+
+def test_without_costs_the_limit_is_taken() -> None:
+    made = Scheduler(limits(max_batch_tokens=24))
+    assert token_budget(made.state, None) == 24
+
+
+def test_nothing_to_prefill_takes_the_limit() -> None:
+    made = scheduler()
+    assert token_budget(made.state, made.costs) == 4096
+
+
+def test_an_empty_machine_takes_the_cheapest_size_a_token() -> None:
+    made = scheduler(gpu_blocks=4000)
+    for i in range(40):
+        made.submit(submit(f"r{i}", 200, 20), 0.0)
+    assert token_budget(made.state, made.costs) == 4096
+
+
+def test_one_prompt_beside_many_decode_rows_hides_under_the_weights() -> None:
+    """Blocks for 20 prompts: the 21st is prefilled in chunks that cost little more than the decode
+    sweep."""
+    made = scheduler(gpu_blocks=20 * 102)
+    machine = Machine(made)
+    requests = [submit(f"r{i}", 400, 4 + i) for i in range(40)]
+    for request in requests:
+        machine.submit(request)
+    machine.run()
+    batches = [batch for plan in machine.plans for batch in plan.batches]
+    beside = [b.tokens for b in batches if b.prefill and len(b.gpu_decode) >= 16]
+    assert beside
+    assert max(beside) <= 256
+    assert max(batch.tokens for batch in batches) > 512, "the first prompts come in large chunks"
+    for request in requests:
+        assert machine.outputs[request.request_id, 0] == expected_output(request)
+
+
+def test_a_short_remainder_does_not_pay_for_padding() -> None:
+    made = scheduler(gpu_blocks=4000)
+    made.submit(submit("r", 70, 20), 0.0)
+    assert token_budget(made.state, made.costs) == 128
+
+
+def test_decode_rows_are_padded_beside_chunks() -> None:
+    known = SweepCosts(DECODE, MIXED, 5e-5, beside_chunks=(0, 8, 24))
+    assert [known.padded_decode(rows) for rows in (0, 1, 8, 9, 24, 25)] == [0, 8, 8, 24, 24, 25]
+
+
+def test_costs_learn_from_sweeps() -> None:
+    known = costs()
+    for _ in range(400):
+        known.observe(30, False, 20_000, DECODE[32] + 20_000 * 8e-5)
+        known.observe(200, True, 20_000, 10.0 + 20_000 * 8e-5)
+        known.observe(5000, True, 0, 1e6)
+    assert known.context_ms == pytest.approx(8e-5, rel=1e-3)
+    assert known.mixed_ms(250, 0) == pytest.approx(10.0, rel=1e-3)
+    assert known.mixed_ms(512, 0) == MIXED[512]
+    assert known.mixed_ms(4096, 0) == MIXED[4096]

@@ -74,7 +74,12 @@ class PrefillBench:
         self.operations = 4 * DIM * QUERY_HEADS * pairs
 
     def run(self, tiling: Tiling | None = None) -> float:
-        attention = PrefillAttention(self.layout, QUERY_HEADS)
+        attention = PrefillAttention(
+            self.layout,
+            QUERY_HEADS,
+            "cuda",
+            torch.cuda.get_device_properties(0).multi_processor_count,
+        )
         attention.tiling = tiling
         longest = max(own for _, own in self.chunks)
 

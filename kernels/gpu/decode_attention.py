@@ -129,6 +129,36 @@ def _merge_kernel(
         tl.store(out_lse_ptr + place, (top + tl.log2(total)) * 0.6931471805599453)
 
 
+def merge_splits(
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    out: torch.Tensor,
+    splits: int,
+    group: int,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Fill `out` `[rows, query_heads, head_dim]` from partial results.
+
+    part: fp32, its memory begins with `[rows, kv_heads, splits, group, head_dim]`. part_lse: fp32,
+    likewise, base 2; -inf for a split that saw nothing. lse: fp32 `[rows, query_heads]`, filled
+    with natural log-sum-exps.
+    """
+    rows, query_heads, dim = out.shape
+    _merge_kernel[(rows, query_heads)](
+        part,
+        part_lse,
+        out,
+        out if lse is None else lse,
+        splits,
+        GROUP=group,
+        DIM=dim,
+        DIM_PAD=triton.next_power_of_2(dim),
+        SPLITS_PAD=triton.next_power_of_2(splits),
+        HAS_LSE=lse is not None,
+        num_warps=1,
+    )
+
+
 class DecodeAttention:
     """Launches decode attention for up to `max_rows` rows; owns the workspace of partial results.
 
@@ -208,20 +238,7 @@ class DecodeAttention:
             num_warps=self.warps,
             num_stages=self.stages,
         )
-        merge = _merge_kernel[(rows, self.query_heads)]
-        merge(
-            self._part,
-            self._lse,
-            out,
-            out if lse is None else lse,
-            self.splits,
-            GROUP=self._group,
-            DIM=layout.head_dim,
-            DIM_PAD=padded,
-            SPLITS_PAD=triton.next_power_of_2(self.splits),
-            HAS_LSE=lse is not None,
-            num_warps=1,
-        )
+        merge_splits(self._part, self._lse, out, self.splits, self._group, lse)
 
     def _check(
         self,

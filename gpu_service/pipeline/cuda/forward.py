@@ -101,7 +101,7 @@ class Forward:
             for size in decode_sizes
             if size
         }
-        self._prefill = PrefillAttention(cache.layout, spec.query_heads)
+        self._prefill = PrefillAttention(cache.layout, spec.query_heads, model.device, processors)
 
     @torch.inference_mode()
     def run(self, shape: SweepShape, longest: int) -> None:
@@ -166,12 +166,12 @@ class Forward:
         if shape.prefill:
             sequences = slice(decode, shape.sequences)
             self._prefill(
-                buffers.q[:rows],
+                buffers.q[decode:rows],
                 layer_kv,
                 buffers.block_tables[sequences],
                 given.lengths[sequences],
-                given.first_rows[decode : shape.sequences + 1],
-                buffers.attended[:rows],
+                given.first_rows[: shape.chunks + 1],
+                buffers.attended[decode:rows],
                 longest=longest,
                 scale=scale,
                 window=window,

@@ -125,7 +125,8 @@ class SweepInputs:
         self.lengths = device_views["lengths"]
         """int32 `[sequences]`: tokens attended, the sweep's own included; 0 for padding."""
         self.first_rows = device_views["first_rows"]
-        """int32 `[sequences + 1]`: sequence s has the rows from `first_rows[s]` to `[s + 1]`."""
+        """int32 `[chunks + 1]`: chunk c has the rows from `first_rows[c]` to `[c + 1]`, counted
+        behind the decode rows."""
         self.table_starts = device_views["table_starts"]
         """int32 `[sequences]`: where in `blocks` a sequence's ids begin."""
         self.table_counts = device_views["table_counts"]
@@ -198,7 +199,7 @@ class SweepInputs:
     ) -> tuple[int, dict[int, int]]:
         """Returns how many block ids there are now, and the samples of chunks."""
         first_rows = arrays["first_rows"]
-        first_rows[: shape.decode] = np.arange(shape.decode)
+        first_rows[0] = 0
         row, sequence, sample = shape.decode, shape.decode, shape.decode
         indices: dict[int, int] = {}
         for chunk in batch.prefill:
@@ -209,8 +210,9 @@ class SweepInputs:
                 sample += 1
             row += len(chunk.token_ids)
             sequence += 1
-        # Sequences of padding have no rows.
-        first_rows[sequence : shape.sequences + 1] = row
+            first_rows[sequence - shape.decode] = row - shape.decode
+        # Chunks of padding have no rows.
+        first_rows[sequence - shape.decode + 1 : shape.chunks + 1] = row - shape.decode
         return place, indices
 
     def _chunk(
@@ -227,7 +229,6 @@ class SweepInputs:
         arrays["positions"][rows] = np.arange(chunk.start, length)
         arrays["slots"][rows] = slots_of(chunk.blocks, chunk.start, tokens, self._block_tokens)
         arrays["lengths"][sequence] = length
-        arrays["first_rows"][sequence] = row
         count = blocks_for(length, self._block_tokens)
         arrays["blocks"][place : place + count] = chunk.blocks[:count]
         arrays["table_starts"][sequence] = place

@@ -62,10 +62,16 @@ class PrefillInputs:
     first_rows: torch.Tensor
     keys: list[tuple[torch.Tensor, torch.Tensor]]
 
-    def run(self, out: torch.Tensor, make: Any = PrefillAttention, tiling: Any = None) -> None:
+    def run(
+        self,
+        out: torch.Tensor,
+        make: Any = PrefillAttention,
+        tiling: Any = None,
+        splits: int | None = None,
+    ) -> None:
         case = self.case
-        attention = make(self.layout, case.query_heads)
-        attention.tiling = tiling
+        attention = make(self.layout, case.query_heads, DEVICE)
+        attention.tiling, attention.splits = tiling, splits
         attention(
             self.q, self.cache[0], self.tables, self.lengths, self.first_rows, out,
             longest=max(1, *(own for _, own in case.chunks)), scale=case.head_dim**-0.5,
@@ -145,6 +151,23 @@ def test_the_tiling_changes_nothing(name: str, rows: int, tokens: int) -> None:
     check_prefill(prefill_inputs(CASES[name], torch.float32), tiling=Tiling(rows, tokens, 4, 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("name", ["llama", "smollm2", "window"])
+def test_splits_change_nothing(name: str, splits: int, dtype: torch.dtype) -> None:
+    check_prefill(prefill_inputs(CASES[name], dtype), splits=splits)
+
+
+def test_splits_follow_the_devices_size() -> None:
+    layout = prefill_inputs(CASES["llama"], torch.float32).layout
+    attention = PrefillAttention(layout, 8, DEVICE, multiprocessors=132)
+    tiling = Tiling(64, 64, 4, 3)
+    found = [attention._choose_splits(rows, tiling) for rows in (1, 100, 400, 2000, 9000)]
+    assert found[0] == 8
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 1
+
+
 def test_rows_of_others_stay_as_they_are() -> None:
     inputs = prefill_inputs(CASES["llama"], torch.float32)
     truth = inputs.oracle(torch.float64)
@@ -194,7 +217,7 @@ MUTANTS = {
         "whole_begin = oldest // TOKENS * TOKENS",
         "window",
     ),
-    "a tile too many seen whole": ("(context + skipped + 1) //", "end //", "llama"),
+    "a tile too many seen whole": ("(first + 1) //", "end //", "llama"),
     "a tile left out": ("self._group) + chunks", "self._group) + chunks - 1", "llama"),
     "positions from 0": ("context = tl.load(lengths_ptr + chunk) - count", "context = 0", "llama"),
     "wrong query head": ("q_ptr + slot", "q_ptr + (slot ^ 1)", "llama"),
@@ -202,6 +225,9 @@ MUTANTS = {
     "values of another head": ("kv_heads * BLOCK * DIM", "BLOCK * DIM", "llama"),
     "the top forgotten": ("total * shrink +", "total +", "llama"),
     "no cap": ("softcap * (2.0", "0.0 * softcap + scores; (2.0", "softcap"),
+    "a share twice": ("(begin + split * share)", "(begin + split // 2 * share)", "splits"),
+    "a share cut short": ("(split + 1) * share)", "(split + 1) * share - 1)", "splits"),
+    "parts weighed alike": ("top * scale_log2 + tl.log2(total)", "tl.log2(total)", "splits"),
     "wrong base of the exponential": ("scale * LOG2_E", "scale", "llama"),
 }
 
@@ -209,10 +235,10 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_found(name: str, tmp_path: Path) -> None:
     old, new, case = MUTANTS[name]
-    inputs = prefill_inputs(CASES[case], torch.float32)
+    inputs = prefill_inputs(CASES["llama" if case == "splits" else case], torch.float32)
     make = mutated(prefill_attention, old, new, tmp_path).PrefillAttention
     with pytest.raises(AssertionError):
-        check_prefill(inputs, make=make)
+        check_prefill(inputs, make=make, splits=3 if case == "splits" else None)
 
 
 @pytest.mark.parametrize("mutant", ["length", "table", "first row"])
@@ -236,7 +262,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="first_rows"):
         inputs.run(torch.zeros_like(inputs.q))
     with pytest.raises(ValueError, match="query_heads"):
-        PrefillAttention(inputs.layout, 5)
+        PrefillAttention(inputs.layout, 5, DEVICE)
 
 
 def test_expand_tables_writes_what_counts_say() -> None:

@@ -5,7 +5,7 @@
 
 The same rule and the same draws as `gpu_service.model.sampling`, which says it in torch and is the
 oracle. No sorting: what is kept is bounded below by one value, found by cutting the range in four
-until only that value is left; after two passes few enough tokens are left to fit one tile.
+until only that value is left, among the tokens above a threshold that is known to lie below it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from kernels.gpu.draw_kernels import _draw_kernel
+from kernels.gpu.logprob_kernels import _logprob_kernel, _top_kernel
 from kernels.gpu.sampling_inputs import History, SamplingInputs
-from kernels.gpu.sampling_kernels import (
-    _best_kernel,
-    _draw_kernel,
-    _logprob_kernel,
-    _top_kernel,
-)
+from kernels.gpu.sampling_kernels import _best_kernel, _gather_kernel, _weigh_kernel
 from kernels.gpu.tensors import FLOATS, check
 
 
@@ -51,12 +48,16 @@ class Sampler:
         *,
         logprobs: int = 20,
         tile: int = 4096,
-        chunk: int = 8192,
+        chunk: int = 2048,
+        room: int = 8192,
     ) -> None:
+        """tile: logits of a program while all are looked at; chunk: at a time, while few are; room:
+        tokens of a row that may be gathered. Rows that keep more are drawn slowly."""
         self.rows = rows
         self.vocabulary = vocabulary
         self._tile = min(tile, triton.next_power_of_2(vocabulary))
         self._chunk = min(chunk, triton.next_power_of_2(vocabulary))
+        self._room = room
         self._tiles = triton.cdiv(vocabulary, self._tile)
         self._most = logprobs
         # Without a history no row has a slot; the kernels still want something to point at.
@@ -67,7 +68,11 @@ class Sampler:
 
         tiles = self._tiles
         self._work = empty(rows, vocabulary)
-        self._ids = empty(rows, self._chunk, dtype=torch.int32)
+        self._values = empty(rows, room)
+        self._ids = empty(rows, room, dtype=torch.int32)
+        self._weights = empty(rows, tiles, dtype=torch.float64)
+        self._counts = empty(rows, tiles, 8, dtype=torch.int32)
+        self._masses = empty(rows, tiles, 8)
         self._best = empty(rows, tiles)
         self._where = empty(rows, tiles, dtype=torch.int32)
         self._top_values = empty(rows, tiles, max(1, logprobs))
@@ -118,8 +123,17 @@ class Sampler:
         rows, unused = logits.shape[0], self._where
         given = inputs is not None
         numbers = inputs.numbers if inputs else self._best
+        top_ps = inputs.top_ps if inputs else self._weights
+        top_ks = inputs.top_ks if inputs else unused
         positions = inputs.positions if inputs else unused
         slots = inputs.slots if inputs else unused
+        max_rows = inputs.rows if inputs else 0
+        sizes = {
+            "VOCAB": self.vocabulary,
+            "TILE": self._tile,
+            "TILES_PAD": triton.next_power_of_2(self._tiles),
+        }
+        measured = (self._weights, self._counts, self._masses)
         _best_kernel[(rows, self._tiles)](
             logits,
             self._work,
@@ -132,7 +146,7 @@ class Sampler:
             history.recent,
             inputs.first_edits if inputs else unused,
             inputs.edit_pairs if inputs else unused,
-            inputs.rows if inputs else 0,
+            max_rows,
             VOCAB=self.vocabulary,
             TILE=self._tile,
             ADJUST=given,
@@ -140,27 +154,38 @@ class Sampler:
             # As torch does it: a fused multiply-add would round penalties otherwise.
             enable_fp_fusion=False,
         )
+        if given:
+            _weigh_kernel[(rows, self._tiles)](
+                self._work, self._best, numbers, top_ps, top_ks, *measured, max_rows,
+                **sizes, num_warps=16,
+            )  # fmt: skip
+            _gather_kernel[(rows, self._tiles)](
+                self._work, self._values, self._ids, self._best, numbers, top_ps, top_ks,
+                *measured, max_rows, **sizes, ROOM=self._room, num_warps=8,
+            )  # fmt: skip
         _draw_kernel[(rows,)](
             self._work,
+            self._values,
             self._ids,
             self._best,
             self._where,
+            *measured,
             numbers,
-            inputs.top_ps if inputs else unused,
-            inputs.top_ks if inputs else unused,
+            top_ps,
+            top_ks,
             inputs.seeds if inputs else unused,
             positions,
             slots,
             history.table,
             history.recent,
             out,
-            inputs.rows if inputs else 0,
+            max_rows,
             self._tiles,
-            VOCAB=self.vocabulary,
-            TILES_PAD=triton.next_power_of_2(self._tiles),
+            **sizes,
+            ROOM=self._room,
             CHUNK=self._chunk,
             ADJUST=given,
-            num_warps=16 if given else 1,
+            num_warps=8 if given else 1,
         )
 
     def logprobs(

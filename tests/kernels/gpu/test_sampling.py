@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 from gpu_service.engine.messages import SamplingSpec
 from gpu_service.model import sampling as oracle
 from gpu_service.model.sampling import SamplingRow
-from kernels.gpu import sampling_kernels
+from kernels.gpu import draw_kernels, sampling_kernels
 from kernels.gpu.sampling import Sampler
 from kernels.gpu.sampling_inputs import NEVER, History, RowWish, SamplingInputs
 from kernels.gpu.tensors import INTERPRET
@@ -61,7 +62,7 @@ def logits_for(
 
 def sampler_for(rows: int, vocab: int) -> Sampler:
     """Tiles and chunks so small that every path is taken."""
-    return Sampler(rows, vocab, DEVICE, tile=256, chunk=128)
+    return Sampler(rows, vocab, DEVICE, tile=128, chunk=64, room=100)
 
 
 def drawn(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -239,11 +240,16 @@ MUTANTS = {
     "position ignored": ("(position + 1)", "(position * 0 + 1)"),
     "seed ignored": ("_mix(seed.to", "_mix(0 * seed.to"),
     "other bits": (">> 16", ">> 17"),
-    "top-k one too many": ("(top_k > 0)", "(top_k > 1)"),
+    "top-k one too many": ("top_k.to(tl.float64)", "(top_k + 1).to(tl.float64)"),
     "temperature ignored": ("tl.div_rn(x - best, temperature)", "x - best"),
     "min-p ignored": ("tl.maximum(floor, min_floor)", "floor"),
     "top-p ignored": ("top_p * total", "total"),
-    "compacted to the wrong places": ("ids_ptr + place, start + lane", "ids_ptr + place, place"),
+    "gathered under wrong names": ("ids_ptr + place, at, mask", "ids_ptr + place, at ^ 1, mask"),
+    "gathered in another place": ("TILES_PAD) < tile, counts", "TILES_PAD) > tile, counts"),
+    "a threshold too high": (
+        "tl.min(tl.where(enough, j, 7), 0)",
+        "tl.min(tl.where(enough, j, 7), 0) // 2",
+    ),
     "the first chunk only": ("running = after", "running = running"),
     "prompt not penalised": ("(seen > 0) | (count > 0)", "count > 0"),
     "output not counted": ("(seen >> 1)", "(seen & 1)"),
@@ -255,9 +261,12 @@ MUTANTS = {
 @pytest.mark.parametrize("name", ["", *MUTANTS])
 def test_mutants_are_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name:
-        changed = mutated(sampling_kernels, *MUTANTS[name], tmp_path)
-        for kernel in ("_best_kernel", "_draw_kernel"):
-            monkeypatch.setattr(f"kernels.gpu.sampling.{kernel}", getattr(changed, kernel))
+        old, new = MUTANTS[name]
+        module = next(m for m in (sampling_kernels, draw_kernels) if old in inspect.getsource(m))
+        changed = mutated(module, old, new, tmp_path)
+        for kernel in ("_best_kernel", "_weigh_kernel", "_gather_kernel", "_draw_kernel"):
+            if hasattr(module, kernel):
+                monkeypatch.setattr(f"kernels.gpu.sampling.{kernel}", getattr(changed, kernel))
     filters = list(FILTERS.values())
     rows = [
         row(

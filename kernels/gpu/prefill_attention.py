@@ -157,7 +157,6 @@ def _prefill_kernel(
     q = q.to(tl.float32) if WIDEN else q
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-
     end = context + last + 1
     oldest, whole_begin, whole_end = _bounds(context + skipped, end, window, TOKENS, HAS_WINDOW)
     low, high = _share(oldest, end, tl.program_id(2), SPLITS, TOKENS)

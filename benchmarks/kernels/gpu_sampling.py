@@ -72,12 +72,12 @@ def sampling(rows: int) -> Iterator[Line]:
 
 
 def chunks(rows: int) -> Iterator[Line]:
-    """How many logits a program looks at in one go."""
+    """How many gathered tokens a program looks at in one go."""
     logits = [torch.randn(rows, VOCABULARY, device="cuda", dtype=BF16) * 3 for _ in range(4)]
     inputs = SamplingInputs(rows, 1, "cuda")
     inputs.send([RowWish(seed=row, **WISHES["top-p 0.9"]) for row in range(rows)])
     out = torch.empty(rows, dtype=torch.int64, device="cuda")
-    for chunk in (2048, 4096, 8192, 16384):
+    for chunk in (512, 1024, 2048, 4096):
         sampler = Sampler(rows, VOCABULARY, "cuda", chunk=chunk)
         us = median_us([partial(sampler.sample, x, inputs, out) for x in logits])
         yield f"top-p 0.9, {rows} rows, chunk {chunk}", rows * VOCABULARY * 2, us, math.nan

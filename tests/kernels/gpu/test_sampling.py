@@ -278,4 +278,9 @@ def test_mutants_are_found(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         for i in range(39)
     ]  # fmt: skip
     logits = logits_for(len(rows), 180)
-    assert (drawn(logits, rows) == expected(logits, rows)) == (name == "")
+    # In parts: most mutants show in the first rows.
+    parts = (slice(begin, begin + 13) for begin in range(0, len(rows), 13))
+    same = all(
+        drawn(logits[part], rows[part]) == expected(logits[part], rows[part]) for part in parts
+    )
+    assert same == (name == "")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 _NEWEST = 0.05
 """Weight of the newest measurement."""
+_PAUSE = 4
+"""What takes so many times longer than expected is the machine's doing, and not the sweep's."""
 
 
 class SweepCosts:
@@ -54,7 +56,10 @@ class SweepCosts:
         size = _padded(table, rows)
         if rows > size:
             return  # larger than what was measured
-        error = milliseconds - table[size] - context * self.context_ms
+        expected = table[size] + context * self.context_ms
+        if milliseconds > _PAUSE * expected:
+            return
+        error = milliseconds - expected
         if has_chunks:
             table[size] += _NEWEST * error
         elif context:

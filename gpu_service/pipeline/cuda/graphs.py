@@ -49,10 +49,7 @@ class SweepGraphs:
                     graph.capture_end()
                 self._graphs[shape] = graph
                 self._note(shape, _time(graph.replay, stream))
-            for rows in table.eager:
-                shape = SweepShape(0, rows, 1)
-                sweep = partial(forward.run, shape, shape.prefill)
-                self._note(shape, _time(sweep, stream))
+            self._time_eager(forward, table, stream)
         torch.cuda.current_stream().wait_stream(stream)
         progress("CUDA graphs", len(shapes), len(shapes))
 
@@ -66,7 +63,15 @@ class SweepGraphs:
         else:
             # The same number of rows, however many of them decode.
             known = self._mixed_ms.get(shape.rows, milliseconds)
-            self._mixed_ms[shape.rows] = max(known, milliseconds)
+            self._mixed_ms[shape.rows] = min(known, milliseconds)
+
+    def _time_eager(self, forward: Forward, table: ShapeTable, stream: torch.cuda.Stream) -> None:
+        """Sweeps too large to capture: compile all variants, with short chunks and long ones."""
+        for rows in table.eager:
+            for chunks in (*table.more_chunks, table.chunks):
+                shape = SweepShape(0, rows, chunks)
+                forward.run(shape, 1)
+                self._note(shape, _time(partial(forward.run, shape, rows), stream))
 
     def replay(self, shape: SweepShape) -> bool:
         """False if there is no graph of that shape."""

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from gpu_service.pipeline.cuda.inputs import SweepShape
 from gpu_service.scheduling.plan import SubBatch
 
-_DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+_DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
 _BESIDE_CHUNKS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 # Dense layers of Llama-3-8B on an H100 take 5.5-5.8 ms for 1-64 rows, 6.4 for 128, 7.6 for 256,
-# 10.9 for 384, 12.9 for 512: the steps of cuBLAS's tiles.
-_TOTAL_ROWS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+# 10.9 for 384, 12.9 for 512: the steps of cuBLAS's tiles. 448 rows took 16 ms.
+_TOTAL_ROWS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
 _EAGER_ROWS = (1024, 2048, 4096, 8192)
 _CHUNKS = 16
 """Prompt chunks of a captured sweep: padding ones cost an empty program each."""
+_MORE_CHUNKS = (64, 256)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class ShapeTable:
     """Padded numbers of all rows where there are prompt chunks, ascending."""
     chunks: int
     """How many chunks those sweeps hold."""
+    more_chunks: tuple[int, ...] = ()
+    """Padded numbers of chunks in larger sweeps, ascending: each is a variant to compile."""
     eager: tuple[int, ...] = ()
     """Larger sweeps that are timed at start, by their rows."""
 
@@ -59,7 +62,8 @@ class ShapeTable:
             for total in self.totals:
                 if total - decode >= prefill:
                     return SweepShape(decode, total - decode, self.chunks)
-        return SweepShape(decode, prefill, len(batch.prefill))
+        sizes = (self.chunks, *self.more_chunks, len(batch.prefill))
+        return SweepShape(decode, prefill, padded(sizes, len(batch.prefill)))
 
 
 def padded(sizes: tuple[int, ...], rows: int) -> int:
@@ -71,4 +75,5 @@ def shape_table(max_running: int, max_batch_tokens: int) -> ShapeTable:
     """For up to `max_running` decode rows, and sweeps of that many tokens."""
     eager = tuple(rows for rows in _EAGER_ROWS if rows <= max_batch_tokens)
     decode = [size for size in _DECODE_SIZES if size < max_running]
-    return ShapeTable((*decode, max_running), _TOTAL_ROWS, _CHUNKS, eager)
+    more_chunks = tuple(chunks for chunks in _MORE_CHUNKS if chunks <= max_running)
+    return ShapeTable((*decode, max_running), _TOTAL_ROWS, _CHUNKS, more_chunks, eager)

@@ -83,7 +83,8 @@ def test_costs_learn_from_sweeps() -> None:
     for _ in range(400):
         known.observe(30, False, 20_000, DECODE[32] + 20_000 * 8e-5)
         known.observe(200, True, 20_000, 10.0 + 20_000 * 8e-5)
-        known.observe(5000, True, 0, 1e6)
+        known.observe(5000, True, 0, 100.0)
+        known.observe(400, True, 0, 1e6)
     assert known.context_ms == pytest.approx(8e-5, rel=1e-3)
     assert known.mixed_ms(250, 0) == pytest.approx(10.0, rel=1e-3)
     assert known.mixed_ms(512, 0) == MIXED[512]

@@ -292,11 +292,11 @@ class PrefillAttention:
 
 
 def choose_tiling(longest: int, head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Small sweeps need programs more than large tiles; wide heads lack registers for those."""
+    """docs/perf-log.md, "GPU kernels": 128 rows were never better, not even for long prompts."""
     if dtype == torch.float32:
         return Tiling(rows=32, tokens=32, warps=4, stages=2)
     if head_dim > 128:
         return Tiling(rows=64, tokens=32, warps=4, stages=2)
     if longest <= 512:
         return Tiling(rows=64, tokens=64, warps=4, stages=3)
-    return Tiling(rows=128, tokens=64, warps=8, stages=3)
+    return Tiling(rows=64, tokens=64, warps=4, stages=2)

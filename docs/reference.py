@@ -31,7 +31,9 @@ Written by `python docs/reference.py` from the configuration classes; do not edi
 A setting comes from the YAML file given with `--config FILE`, then from the environment
 (`NEO_<NAME>` in capitals), then from a flag (`--name-with-dashes VALUE`); the last one wins. Lists
 are comma-separated in environment and flags.
-Unknown names are errors. `--print-config` prints the effective settings.
+Unknown names are errors in files and flags; in the environment those are that look like a slip of
+the pen (`NEO_LISTEM`), since others may be somebody else's. `--print-config` prints the effective
+settings.
 """
 
 

@@ -33,6 +33,8 @@ import yaml
 T = TypeVar("T")
 
 ENVIRONMENT_PREFIX = "NEO_"
+_SLIP = 0.9
+"""How alike two names are, by difflib, when one is taken for a misspelling of the other."""
 EXIT_BAD_CONFIG = 2
 
 
@@ -121,9 +123,17 @@ def read_file(cls: type[Any], path: Path) -> dict[str, Any]:
 
 
 def read_environment(cls: type[Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Settings from NEO_<FIELD>. A name that is close to one of ours is an error; others are not
-    ours to judge (NEO_CPU_ISA belongs to the kernel)."""
+    """Settings from NEO_<FIELD>.
+
+    A name that is one slip away from one of ours is an error. Others are not ours to judge:
+    NEO_CPU_ISA belongs to the kernel, NEO_ROUTER_SERVICE_HOST comes from Kubernetes, and the shell
+    may hold another service's settings."""
     known = {ENVIRONMENT_PREFIX + name.upper(): name for name in _fields(cls)}
+    for key in environment:
+        if key.startswith(ENVIRONMENT_PREFIX) and key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=_SLIP)
+            if near:
+                raise ConfigError(f"unknown environment variable {key}; did you mean {near[0]}?")
     return {known[key]: value for key, value in environment.items() if key in known}
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 
 from cpu_service.config import CpuServiceConfig
 from gpu_service.config import GpuServiceConfig
-from neo_common.config import ConfigError, dump, field_docs, load
+from neo_common.config import ConfigError, dump, field_docs, load, read_environment
 from router.config import RouterConfig
 
 
@@ -42,6 +42,29 @@ def test_file_then_environment_then_flags(tmp_path: Path) -> None:
     environment = {"NEO_NAME": "environment", "NEO_COUNT": "3", "NEO_UNRELATED": "x"}
     config = read("--config", str(file), "--name", "flag", environment=environment)
     assert config == Sample(name="flag", count=3, share=1.0)
+
+
+@pytest.mark.parametrize("name", ["NEO_COUNTT", "NEO_ACTVE", "NEO_PEER"])
+def test_a_slip_in_the_environment_is_an_error(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}; did you mean NEO_"):
+        read(environment={name: "1"})
+
+
+def test_other_names_in_the_environment_are_left_alone() -> None:
+    """The kernel's, those that Kubernetes makes of Services, and other services' settings."""
+    services = {
+        "gpu_service": GpuServiceConfig,
+        "cpu_service": CpuServiceConfig,
+        "router": RouterConfig,
+    }
+    names = {f"NEO_{field.name.upper()}" for cls in services.values() for field in fields(cls)}
+    names |= {"NEO_CPU_ISA"}
+    for service in ("ROUTER", "GPU_SERVICE", "CPU_SERVICE"):
+        names |= {f"NEO_{service}_{end}" for end in ("SERVICE_HOST", "SERVICE_PORT", "PORT")}
+        names.add(f"NEO_{service}_PORT_7001_TCP_ADDR")
+    for cls in services.values():
+        own = {f"NEO_{field.name.upper()}" for field in fields(cls)}
+        read_environment(cls, dict.fromkeys(names - own, "1"))
 
 
 def test_lists_and_switches() -> None:

@@ -60,8 +60,9 @@ class Sampler:
         self._room = room
         self._tiles = triton.cdiv(vocabulary, self._tile)
         self._most = logprobs
-        # Without a history no row has a slot; the kernels still want something to point at.
+        # Unused arguments must point at something, too.
         self._no_history = History(1, 1, device)
+        self._no_inputs = SamplingInputs(1, 1, device)
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -93,7 +94,7 @@ class Sampler:
         logits: `[rows, vocabulary]`. out: int64 `[rows]`.
         """
         self._check(logits, out)
-        self._launch(logits, out, None, self._no_history)
+        self._launch(logits, out, self._no_inputs, self._no_history, adjust=False)
 
     def sample(
         self,
@@ -111,82 +112,48 @@ class Sampler:
         history = history or self._no_history
         if history is not self._no_history:
             check("history", history.table, (-1, self.vocabulary), torch.int32)
-        self._launch(logits, out, inputs, history)
+        self._launch(logits, out, inputs, history, adjust=True)
 
     def _launch(
         self,
         logits: torch.Tensor,
         out: torch.Tensor,
-        inputs: SamplingInputs | None,
+        inputs: SamplingInputs,
         history: History,
+        *,
+        adjust: bool,
     ) -> None:
-        rows, unused = logits.shape[0], self._where
-        given = inputs is not None
-        numbers = inputs.numbers if inputs else self._best
-        top_ps = inputs.top_ps if inputs else self._weights
-        top_ks = inputs.top_ks if inputs else unused
-        positions = inputs.positions if inputs else unused
-        slots = inputs.slots if inputs else unused
-        max_rows = inputs.rows if inputs else 0
+        grid = (logits.shape[0], self._tiles)
         sizes = {
             "VOCAB": self.vocabulary,
             "TILE": self._tile,
             "TILES_PAD": triton.next_power_of_2(self._tiles),
         }
-        measured = (self._weights, self._counts, self._masses)
-        _best_kernel[(rows, self._tiles)](
-            logits,
-            self._work,
-            self._best,
-            self._where,
-            numbers,
-            positions,
-            slots,
-            history.table,
-            history.recent,
-            inputs.first_edits if inputs else unused,
-            inputs.edit_pairs if inputs else unused,
-            max_rows,
-            VOCAB=self.vocabulary,
-            TILE=self._tile,
-            ADJUST=given,
-            num_warps=8,
+        filters = (inputs.numbers, inputs.top_ps, inputs.top_ks)
+        weights = (self._weights, self._counts, self._masses)
+        gathered = (self._values, self._ids)
+        said = (inputs.positions, inputs.slots, history.table, history.recent)
+        _best_kernel[grid](
+            logits, self._work, self._best, self._where, inputs.numbers, *said,
+            inputs.first_edits, inputs.edit_pairs, inputs.rows,
+            VOCAB=self.vocabulary, TILE=self._tile, ADJUST=adjust, num_warps=8,
             # As torch does it: a fused multiply-add would round penalties otherwise.
             enable_fp_fusion=False,
-        )
-        if given:
-            _weigh_kernel[(rows, self._tiles)](
-                self._work, self._best, numbers, top_ps, top_ks, *measured, max_rows,
-                **sizes, num_warps=16,
+        )  # fmt: skip
+        if adjust:
+            _weigh_kernel[grid](
+                self._work, self._best, *filters, *weights, inputs.rows, **sizes, num_warps=16
+            )
+            _gather_kernel[grid](
+                self._work, *gathered, self._best, *filters, *weights, inputs.rows,
+                **sizes, ROOM=self._room, num_warps=8,
             )  # fmt: skip
-            _gather_kernel[(rows, self._tiles)](
-                self._work, self._values, self._ids, self._best, numbers, top_ps, top_ks,
-                *measured, max_rows, **sizes, ROOM=self._room, num_warps=8,
-            )  # fmt: skip
-        _draw_kernel[(rows,)](
-            self._work,
-            self._values,
-            self._ids,
-            self._best,
-            self._where,
-            *measured,
-            numbers,
-            top_ps,
-            top_ks,
-            inputs.seeds if inputs else unused,
-            positions,
-            slots,
-            history.table,
-            history.recent,
-            out,
-            max_rows,
-            self._tiles,
-            **sizes,
-            ROOM=self._room,
-            CHUNK=self._chunk,
-            ADJUST=given,
-            num_warps=8 if given else 1,
-        )
+        _draw_kernel[(logits.shape[0],)](
+            self._work, *gathered, self._best, self._where, *weights, *filters,
+            inputs.seeds, *said, out, inputs.rows, self._tiles,
+            **sizes, ROOM=self._room, CHUNK=self._chunk, ADJUST=adjust,
+            num_warps=8 if adjust else 1,
+        )  # fmt: skip
 
     def logprobs(
         self, logits: torch.Tensor, inputs: SamplingInputs, tokens: torch.Tensor

@@ -223,6 +223,27 @@ def test_a_failed_row_has_no_logprobs() -> None:
     assert sampler.logprobs(logits_for(1, 30).to(DEVICE), inputs, tokens).rank.tolist() == [-7]
 
 
+@pytest.mark.skipif(INTERPRET, reason="the interpreter captures no graphs")
+def test_a_captured_graph_takes_new_wishes() -> None:
+    rows, vocab = 6, 1000
+    inputs, history = SamplingInputs(rows, 8, DEVICE), History(rows, vocab, DEVICE)
+    sampler, logits = sampler_for(rows, vocab), torch.zeros(rows, vocab, device=DEVICE)
+    out = torch.empty(rows, dtype=torch.int64, device=DEVICE)
+    inputs.send([RowWish()] * rows)
+    sampler.sample(logits, inputs, out, history)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler.sample(logits, inputs, out, history)
+    for seed in range(3):
+        values = logits_for(rows, vocab, seed)
+        wanted = [row(seed=seed + i, top_p=0.3 * i, temperature=seed) for i in range(rows)]
+        inputs.send([wish(each, -1) for each in wanted])
+        logits.copy_(values)
+        graph.replay()
+        assert out.tolist() == expected(values, wanted)
+
+
 def test_wrong_arguments_are_sentences() -> None:
     inputs = SamplingInputs(2, 3, DEVICE)
     with pytest.raises(ValueError, match="3 rows are more than the 2"):

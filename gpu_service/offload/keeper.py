@@ -193,8 +193,16 @@ class SessionKeeper:
             self._refusal = str(error)
             self._opened.set()
             return True
-        if attempts == 1 and self._opened.is_set() and not self._closing.is_set():
-            _log.warning("host tier: cannot reach the cpu_service yet: %s", error)
+        if attempts == 1 and not self._closing.is_set():
+            # Before the first session nothing is lost yet: the two services start in any order.
+            address, seconds = self._options.address, self._options.open_seconds
+            if self._opened.is_set():
+                _log.warning("host tier: cannot reach the cpu_service yet: %s", error)
+            else:
+                _log.info(
+                    "host tier: waiting up to %g s for the cpu_service at %s: %s",
+                    *(seconds, address, error),
+                )
         self._failed = str(error)
         return False
 

@@ -344,10 +344,14 @@ def test_a_pool_larger_than_memory_is_one_sentence(tmp_path: Path) -> None:
         pass
 
 
-def test_no_service_at_all_is_one_sentence() -> None:
+def test_no_service_at_all_is_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     address = f"127.0.0.1:{free_port()}"
     with (
         pytest.raises(HostTierUnavailable, match=f"cpu_service at {address} cannot be used"),
         open_tier(address, open_seconds=0.3),
     ):
         pass
+    told = [record.getMessage() for record in caplog.records if address in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith(f"host tier: waiting up to 0.3 s for the cpu_service at {address}")

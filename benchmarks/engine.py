@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gpu-kv-blocks", type=int, default=0)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--max-batch-tokens", type=int, default=512)
+    parser.add_argument("--max-batch-tokens", type=int, default=0)
     parser.add_argument("--max-running-requests", type=int, default=256)
     parser.add_argument("--workload", action="append", help="INxOUT or lengths; repeatable")
     parser.add_argument("--requests", type=int, default=200)

@@ -56,8 +56,9 @@ class GpuServiceConfig:
     """How long one iteration waits for the cpu_service before its host rows are dropped and
     repeated."""
 
-    max_batch_tokens: int = 512
-    """Tokens in one iteration, decode rows and prefill chunks together."""
+    max_batch_tokens: int = 0
+    """Most tokens in one iteration, decode rows and prefill chunks together; 0 means 8192 on cuda,
+    where the scheduler takes fewer as measured costs say, and 512 on cpu."""
     max_running_requests: int = 256
     """Choices that decode or prefill at the same time."""
     max_waiting_requests: int = 1024
@@ -112,11 +113,11 @@ _POSITIVE = (
     "host_kv_gib",
     "lease_seconds",
     "sweep_deadline_ms",
-    "max_batch_tokens",
     "max_running_requests",
     "max_waiting_requests",
 )
 _NOT_NEGATIVE = (
+    "max_batch_tokens",
     "threads",
     "max_context_tokens",
     "gpu_kv_blocks",

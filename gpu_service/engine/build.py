@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gpu_service.pipeline.cuda.runner import CudaSweeps
 
 _GIB = 1 << 30
+DEFAULT_BATCH_TOKENS = {"cuda": 8192, "cpu": 512}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
     """
     config.validate()
     device = resolve_device(config.device)
+    batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
+    config = replace(config, max_batch_tokens=batch_tokens)
     spec = read_spec(config.model)
     threads = config.threads or len(os.sched_getaffinity(0))
     if device.type == "cpu":

@@ -155,6 +155,7 @@ def config(model: str | Path, **changes: Any) -> GpuServiceConfig:
         "gpu_kv_blocks": 96,
         "threads": 1,
         "max_running_requests": 64,
+        "max_batch_tokens": 512,
     }
     return GpuServiceConfig(**{**values, **changes})
 

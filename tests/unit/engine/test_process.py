@@ -156,7 +156,7 @@ def _lives(pid: int) -> bool:
         ({"offload": "sometimes"}, "offload must be"),
         ({"gpu_kv_blocks": 0, "gpu_kv_gib": 1e-7}, "gpu_kv_gib"),
         ({"gpu_kv_blocks": 1 << 40}, "gpu_kv_blocks"),
-        ({"max_batch_tokens": 0}, "max_batch_tokens"),
+        ({"max_batch_tokens": -1}, "max_batch_tokens"),
         ({"dtype": "float8"}, "dtype"),
     ],
 )

@@ -18,6 +18,7 @@ TORCH = {
     DType.BFLOAT16: torch.bfloat16,
     DType.FLOAT16: torch.float16,
 }
+FP32_EPS = torch.finfo(torch.float32).eps
 SENTINEL = 12345.0
 
 
@@ -147,6 +148,9 @@ def check(sequences: Sequences, out: torch.Tensor, lse: np.ndarray) -> None:
     # 256 products shows as well.
     ulps = 8 if out.dtype is torch.float32 else 0.5
     rounding = ulps * torch.finfo(out.dtype).eps * float(np.abs(expected).max())
+    # A rounded score is off by eps times its size, and so is its weight: with few tokens torch may
+    # be luckier there than its bound says.
+    rounding += FP32_EPS * float(np.abs(expected_lse).max() * np.abs(expected).max())
     bound = 2 * sequences.torch_error(expected) + rounding
     assert error <= bound, f"output is off by {error:.3g}, more than {bound:.3g}"
     exact = sequences.case.kv is not DType.INT8

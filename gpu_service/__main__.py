@@ -122,8 +122,9 @@ class GpuService:
         self._inference.ready(
             ServedModel(self._name, self._spec.vocab_size, ready.max_context_tokens), ready.dtype
         )
-        self._operator.state = engine_pb2.ENGINE_STATE_SERVING
-        await self._server.set_serving(True)
+        if self._draining is None:  # nobody asked for it while the model was loading
+            self._operator.state = engine_pb2.ENGINE_STATE_SERVING
+            await self._server.set_serving(True)
         _log.info(
             "serving %s: %d GPU blocks, %d host blocks of %d tokens",
             self._name,

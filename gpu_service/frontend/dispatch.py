@@ -124,14 +124,16 @@ class LiveRequest:
         surplus = usage.completion_tokens - delivered
         gpu, host = usage.gpu_tokens, usage.host_tokens
         if host > gpu:
-            host -= surplus
+            host = max(host - surplus, 0)
+            gpu = delivered - host
         else:
-            gpu -= surplus
+            gpu = max(gpu - surplus, 0)
+            host = delivered - gpu
         return types.Usage(
             prompt_tokens=len(self.parsed.submit.prompt_token_ids),
             completion_tokens=delivered,
-            gpu_tokens=max(gpu, 0),
-            host_tokens=max(host, 0),
+            gpu_tokens=gpu,
+            host_tokens=host,
             demotions=usage.demotions,
             promotions=usage.promotions,
             recomputations=usage.recomputations,
@@ -190,10 +192,12 @@ class Dispatcher:
             await self._engine.send(parsed.submit)
             yield live
         finally:
-            # A cancelled handler may not await for long, but this send only queues.
-            if not live.ended:
-                await asyncio.shield(self._engine.send(Abort(identity)))
-            self._live.pop(identity, None)
+            try:
+                # A cancelled handler may not await for long, but this send only queues.
+                if not live.ended:
+                    await asyncio.shield(self._engine.send(Abort(identity)))
+            finally:
+                del self._live[identity]
 
     async def abort(self, request_id: str) -> None:
         """End a live request; its choices finish as aborted. Raises ServiceError if unknown."""
@@ -231,6 +235,15 @@ class Dispatcher:
         return ServiceError(Reason.ENGINE_LOST, "the engine core has ended", retry_after=5.0)
 
 
+_FIELDS = {Reason.NEVER_FITS: "sampling.max_tokens", Reason.INVALID_ARGUMENT: "prompt"}
+"""What is wrong with a request that the scheduler refuses."""
+
+
 def _refused(refusal: Refusal) -> ServiceError:
     reason = Reason(refusal.reason)
-    return ServiceError(reason, refusal.message, retry_after=refusal.retry_after_seconds)
+    return ServiceError(
+        reason,
+        refusal.message,
+        field=_FIELDS.get(reason),
+        retry_after=refusal.retry_after_seconds,
+    )

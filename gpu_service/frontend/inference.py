@@ -41,16 +41,16 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self._dtype = dtype
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
-        choices = [pb.Choice(index=i) for i in range(max(request.sampling.n, 1))]
+        choices: dict[int, pb.Choice] = {}
         response = pb.GenerateResponse(model=self._served().name)
         async for message in self.GenerateStream(request, context):
             response.request_id = message.request_id
             response.prompt_logprobs.extend(message.prompt_logprobs)
             for delta in message.deltas:
-                _join(choices[delta.index], delta)
+                _join(choices.setdefault(delta.index, pb.Choice(index=delta.index)), delta)
             if message.HasField("usage"):
                 response.usage.CopyFrom(message.usage)
-        response.choices.extend(choices)
+        response.choices.extend(choices[index] for index in sorted(choices))
         return response
 
     async def GenerateStream(

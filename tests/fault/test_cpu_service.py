@@ -26,6 +26,7 @@ from tests.support.offload import (
     open_tier,
     poll_until,
 )
+from tests.support.processes import suspend
 from tests.support.stack import REPO, free_port
 
 
@@ -113,7 +114,7 @@ def test_a_restarted_service_is_not_used_while_the_old_one_is_only_stopped(tmp_p
         mirror.fill(tier)
         old = service.process
         assert old is not None
-        old.send_signal(signal.SIGSTOP)
+        suspend(old.pid)
         with pytest.raises(HostTierStalled):
             mirror.sweep(tier, mirror.rows([40]))
         # The old process still owns the port; a proxy in front would lead to the new one. Here the

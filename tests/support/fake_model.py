@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gpu_service.engine.messages import RequestUsage, SamplingSpec, Submit
+from gpu_service.engine.messages import RequestUsage, SamplingSpec, Submit, TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import (
@@ -108,6 +108,8 @@ class Machine:
         self.refused: dict[str, str] = {}
         self.usages: dict[str, RequestUsage] = {}
         self.first_token: dict[str, float] = {}
+        self.prompt_tokens: dict[str, list[int]] = {}
+        """Of those that asked for log probabilities of their prompt: whose they were told."""
         self._seconds = seconds
         self._books = Books()
         self._look_ahead = look_ahead
@@ -191,8 +193,12 @@ class Machine:
                 kept = self._books.stored.get((source, int(old)), {})
                 self._books.stored[move.target, int(new)] = dict(kept)
         tokens: dict[int, SampledToken] = {}
+        logprobs: dict[int, list[TokenLogprob]] = {}
         for batch in plan.batches:
             for chunk in batch.prefill:
+                if chunk.logprob_targets:
+                    told = [TokenLogprob(token, -1.0, 1, []) for token in chunk.logprob_targets]
+                    logprobs[chunk.key] = told
                 end = chunk.start + len(chunk.token_ids)
                 self._store(chunk.key, chunk.tier, chunk.blocks, chunk.start, end, size)
                 if chunk.samples:
@@ -206,7 +212,7 @@ class Machine:
                 assert row.token_id == known
                 self._store(row.key, tier, row.blocks, start, row.length, size)
                 tokens[row.key] = self._next(row.key, row.length)
-        return SweepResult(tokens=tokens)
+        return SweepResult(tokens=tokens, prompt_logprobs=logprobs)
 
     def _known(self, key: int) -> tuple[int, ...]:
         choice = self.scheduler.state.running_by_key[key]
@@ -232,6 +238,9 @@ class Machine:
 
     def _hear(self) -> None:
         news = self.scheduler.take_news()
+        for prompt in news.prompt_logprobs:
+            assert prompt.request_id not in self.prompt_tokens, "told twice"
+            self.prompt_tokens[prompt.request_id] = [entry.token_id for entry in prompt.logprobs]
         for delta in news.deltas:
             key = (delta.request_id, delta.index)
             assert key not in self.finished, "output after the end"

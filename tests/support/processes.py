@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -42,6 +44,19 @@ def find_service(root: int, module: str) -> int:
     found = [pid for pid in descendants(root) if module in command_line(pid)]
     assert len(found) == 1, f"{len(found)} processes run {module}"
     return found[0]
+
+
+def suspend(pid: int, seconds: float = 20.0) -> None:
+    """SIGSTOP, and wait until every thread has stopped: one that computes on another CPU goes on
+    for a moment."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + seconds
+    while any(
+        stat.read_text().rpartition(")")[2].split()[0] not in "TtZX"
+        for stat in Path(f"/proc/{pid}/task").glob("*/stat")
+    ):
+        assert time.monotonic() < deadline, "the process does not stop"
+        time.sleep(0.001)
 
 
 def wait_gone(pids: set[int], seconds: float = 20.0) -> None:

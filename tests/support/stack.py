@@ -17,6 +17,8 @@ import grpc
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.processes import suspend
+
 REPO = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
 
@@ -81,8 +83,12 @@ class Service:
         raise AssertionError(f"{self.name} did not come up:\n{self.log}")
 
     def signal(self, number: signal.Signals) -> None:
+        """Send it; SIGSTOP has taken effect on return."""
         assert self.process is not None
-        self.process.send_signal(number)
+        if number is signal.SIGSTOP:
+            suspend(self.process.pid)
+        else:
+            self.process.send_signal(number)
 
     def wait_exit(self, seconds: float = 30.0) -> int:
         assert self.process is not None

@@ -199,10 +199,11 @@ class Scheduler:
         for key in result.lost:
             choice = self.state.running_by_key.get(key)
             if choice is not None:
-                self._prompt_logprobs.pop(key, None)
                 self.state.preempt(choice)
         for batch in plan.batches:
             for chunk in batch.prefill:
+                if chunk.start == 0:  # maybe anew, since its KV was thrown away half-way
+                    self._prompt_logprobs.pop(chunk.key, None)
                 self._arrive(plan, chunk.key, chunk.tier, len(chunk.token_ids), result, now)
             for row in batch.gpu_decode:
                 self._arrive(plan, row.key, Tier.GPU, 1, result, now)

@@ -315,6 +315,18 @@ def test_prompt_logprobs_come_once_and_whole_even_if_the_prefill_is_repeated() -
     assert [entry.token_id for entry in prompt.logprobs] == request.prompt_token_ids[1:]
 
 
+def test_prompt_logprobs_are_whole_after_a_prefill_that_made_room_for_others() -> None:
+    machine = machine_with(offload="never", gpu_blocks=26, max_batch_tokens=2)
+    machine.submit(submit("old", 4, 70))
+    machine.step()
+    new = submit("new", 60, 2, arrival=1.0, prompt_logprobs=0)
+    machine.submit(new)
+    machine.run()
+    assert machine.usages["new"].recomputations == 1
+    assert machine.usages["old"].recomputations == 0
+    assert machine.prompt_tokens["new"] == new.prompt_token_ids[1:]
+
+
 def test_a_failed_row_ends_its_request_alone() -> None:
     machine = machine_with()
     machine.submit(submit("bad", 4, 20))

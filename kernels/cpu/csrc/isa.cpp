@@ -3,10 +3,29 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace neo {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+
+#if defined(__x86_64__)
+// Tiles need the kernel's leave, which it gives to a process and all of its threads (Linux 5.16, x86/xstate.rst).
+bool has_tiles() {
+#ifdef NEO_EMULATE_AMX
+  return true;
+#else
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#endif
+}
+#endif
 
 bool has(Isa isa) {
 #if defined(__x86_64__)
@@ -15,6 +34,7 @@ bool has(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
+  const bool dots = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   switch (isa) {
     case Isa::kScalar:
       return true;
@@ -23,7 +43,9 @@ bool has(Isa isa) {
     case Isa::kAvx512:
       return avx512;
     case Isa::kAvx512Bf16:
-      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+      return dots;
+    case Isa::kAmx:
+      return dots && has_tiles();
   }
   return false;
 #else
@@ -43,6 +65,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512bf16";
+    case Isa::kAmx:
+      return "amx";
   }
   return "unknown";
 }
@@ -61,7 +85,8 @@ Isa chosen_isa() {
   const std::vector<Isa> available = available_isas();
   const char* wanted = std::getenv("NEO_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') {
-    return available.back();
+    // Tiles only where they are asked for, until they have been measured on a machine that has them.
+    return available.back() == Isa::kAmx ? Isa::kAvx512Bf16 : available.back();
   }
   std::string names;
   for (const Isa isa : available) {
@@ -75,6 +100,11 @@ Isa chosen_isa() {
 
 StripKernel strip_kernel(Isa isa, DType kv, DType activation) {
 #if defined(__x86_64__)
+  if (isa >= Isa::kAmx) {
+    if (const StripKernel kernel = amx_strip(kv, activation); kernel.attend != nullptr) {
+      return kernel;
+    }
+  }
   if (isa >= Isa::kAvx512Bf16) {
     if (const StripKernel kernel = avx512bf16_strip(kv, activation); kernel.attend != nullptr) {
       return kernel;

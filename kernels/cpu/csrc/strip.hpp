@@ -62,5 +62,6 @@ StripKernel scalar_strip(DType kv, DType activation);
 StripKernel avx2_strip(DType kv, DType activation);
 StripKernel avx512_strip(DType kv, DType activation);
 StripKernel avx512bf16_strip(DType kv, DType activation);
+StripKernel amx_strip(DType kv, DType activation);
 
 }  // namespace neo

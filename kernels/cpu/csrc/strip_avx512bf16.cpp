@@ -2,13 +2,10 @@
 // rounded, weights are (to 8 bits, as FlashAttention does). int8: VPDPBUSD adds quads of 8-bit products; q and weights
 // are cut into two bytes each, 16 bits in all, so that they add no error to speak of. A lone fp32 multiply-add per
 // element and head cannot keep up with memory on cores with 256-bit datapaths (docs/perf-log.md).
-#include "strip_softmax.hpp"
-#include "vec_avx512.hpp"
+#include "strip_dot.hpp"
 
 namespace neo {
 namespace {
-
-constexpr int32_t kLine = 64;  // bytes of a packed row: 16 tokens (K) or dims (V) of 4 bytes
 
 inline int32_t word(const void* at) {
   int32_t value;
@@ -30,15 +27,8 @@ inline void with_count(int32_t count, F&& f) {
 
 // ---- bf16
 
-struct Bf16 {
+struct Bf16 : Bf16Operands {
   static constexpr int32_t kHeads = 4;  // at once: 16 accumulators of the 32 registers
-
-  static void prepare(HeadState& state) {
-    for (int32_t i = 0; i < state.group * state.dim; i += 16) {
-      const __m256bh x = _mm512_cvtneps_pbh(_mm512_loadu_ps(state.q + i));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(state.q_packed + i * 2), reinterpret_cast<__m256i>(x));
-    }
-  }
 
   template <int32_t heads, int32_t tiles>
   static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
@@ -106,19 +96,6 @@ struct Bf16 {
     }
   }
 
-  struct Weights {
-    alignas(64) uint16_t bits[kMaxGroup][64];
-    void start(const Strip&) {}
-  };
-
-  static void weigh(HeadState& state, const Strip& strip, int32_t h, float* row, Weights& weights) {
-    weigh_head<Vec512>(state, strip, h, row);
-    for (int32_t t = 0; t < kStripTokens; t += 16) {
-      const __m256bh x = _mm512_cvtneps_pbh(_mm512_load_ps(row + t));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(weights.bits[h] + t), reinterpret_cast<__m256i>(x));
-    }
-  }
-
   template <int32_t heads, int32_t columns>
   static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
                      const Weights& weights) {
@@ -128,42 +105,8 @@ struct Bf16 {
 
 // ---- int8
 
-struct Int8 {
+struct Int8 : Int8Operands {
   static constexpr int32_t kHeads = 2;  // high and low bytes: 16 accumulators again
-
-  // q = q_scale * (256 high + low), both signed. VPDPBUSD wants one unsigned side: K is read as K + 128, and
-  // 128 * sum(q) is taken off first.
-  static void prepare(HeadState& state) {
-    for (int32_t h = 0; h < state.group; ++h) {
-      const float* q = state.q + h * state.dim;
-      auto* high = reinterpret_cast<int8_t*>(state.q_packed + h * state.dim * 2);
-      int8_t* low = high + state.dim;
-      __m512 largest = _mm512_setzero_ps();
-      __m512 poison = _mm512_setzero_ps();
-      for (int32_t i = 0; i < state.dim; i += 16) {
-        const __m512 x = _mm512_loadu_ps(q + i);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
-        poison = _mm512_fmadd_ps(x, _mm512_setzero_ps(), poison);
-      }
-      const float bound = _mm512_reduce_max_ps(largest);
-      const __m512 inverse = _mm512_set1_ps(bound > 0.0F ? 32512.0F / bound : 0.0F);
-      __m512i high_sum = _mm512_setzero_si512();
-      __m512i low_sum = _mm512_setzero_si512();
-      for (int32_t i = 0; i < state.dim; i += 16) {
-        const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + i), inverse));
-        const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
-        const __m512i rest = _mm512_sub_epi32(x, _mm512_slli_epi32(top, 8));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(top));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(rest));
-        high_sum = _mm512_add_epi32(high_sum, top);
-        low_sum = _mm512_add_epi32(low_sum, rest);
-      }
-      // A NaN or infinity in q must show in the scores.
-      state.q_scale[h] = bound / 32512.0F + _mm512_reduce_add_ps(poison);
-      state.q_sum[h][0] = _mm512_reduce_add_epi32(high_sum);
-      state.q_sum[h][1] = _mm512_reduce_add_epi32(low_sum);
-    }
-  }
 
   template <int32_t heads, int32_t tiles>
   static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
@@ -202,40 +145,6 @@ struct Int8 {
         const __m512 token = _mm512_mul_ps(_mm512_loadu_ps(strip.tiles[t].k_scale), scale);
         _mm512_store_ps(out[head + h] + t * 16, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), token));
       }
-    }
-  }
-
-  // weight * V scale = unit * (256 high + low), both unsigned. No weight exceeds 1, so the largest V scale sets the
-  // unit.
-  struct Weights {
-    alignas(64) uint8_t high[kMaxGroup][64];
-    alignas(64) uint8_t low[kMaxGroup][64];
-    alignas(64) float factor[64];
-    float unit;
-
-    void start(const Strip& strip) {
-      load_v_scales(strip, factor);
-      float largest = 0.0F;
-      float poison = 0.0F;
-      for (const float scale : factor) {
-        largest = scale > largest ? scale : largest;
-        poison += scale * 0.0F;
-      }
-      const float inverse = largest > 0.0F ? 65280.0F / largest : 0.0F;
-      for (float& scale : factor) {
-        scale *= inverse;
-      }
-      unit = largest / 65280.0F + poison;  // a NaN scale has to show
-    }
-  };
-
-  static void weigh(HeadState& state, const Strip& strip, int32_t h, float* row, Weights& weights) {
-    weigh_head<Vec512>(state, strip, h, row);
-    for (int32_t t = 0; t < kStripTokens; t += 16) {
-      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(row + t), _mm512_load_ps(weights.factor + t));
-      const __m512i x = _mm512_cvtps_epi32(scaled);
-      _mm_store_si128(reinterpret_cast<__m128i*>(weights.high[h] + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
-      _mm_store_si128(reinterpret_cast<__m128i*>(weights.low[h] + t), _mm512_cvtepi32_epi8(x));
     }
   }
 

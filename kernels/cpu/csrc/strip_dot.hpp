@@ -1,0 +1,108 @@
+// What the loops with dot-product instructions and with tiles share: q and weights in the forms that both multiply.
+// Included by one translation unit per instruction set; all of it is internal to each.
+#pragma once
+
+#include "strip_softmax.hpp"
+#include "vec_avx512.hpp"
+
+namespace neo {
+namespace {
+
+inline constexpr int32_t kLine = 64;  // bytes of a packed row: 16 tokens (K) or dims (V) of 4 bytes
+
+// bf16: weights are rounded to 8 bits, as FlashAttention does; q is exact.
+struct Bf16Operands {
+  static void prepare(HeadState& state) {
+    for (int32_t i = 0; i < state.group * state.dim; i += 16) {
+      const __m256bh x = _mm512_cvtneps_pbh(_mm512_loadu_ps(state.q + i));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(state.q_packed + i * 2), reinterpret_cast<__m256i>(x));
+    }
+  }
+
+  struct Weights {
+    alignas(64) uint16_t bits[kMaxGroup][64];
+    void start(const Strip&) {}
+  };
+
+  static void weigh(HeadState& state, const Strip& strip, int32_t h, float* row, Weights& weights) {
+    weigh_head<Vec512>(state, strip, h, row);
+    for (int32_t t = 0; t < kStripTokens; t += 16) {
+      const __m256bh x = _mm512_cvtneps_pbh(_mm512_load_ps(row + t));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(weights.bits[h] + t), reinterpret_cast<__m256i>(x));
+    }
+  }
+};
+
+// int8: q and weights are cut into two bytes each, 16 bits in all, so that they add no error to speak of.
+struct Int8Operands {
+  // q = q_scale * (256 high + low), both signed. VPDPBUSD wants one unsigned side: K is read as K + 128, and
+  // 128 * sum(q) is taken off first.
+  static void prepare(HeadState& state) {
+    for (int32_t h = 0; h < state.group; ++h) {
+      const float* q = state.q + h * state.dim;
+      auto* high = reinterpret_cast<int8_t*>(state.q_packed + h * state.dim * 2);
+      int8_t* low = high + state.dim;
+      __m512 largest = _mm512_setzero_ps();
+      __m512 poison = _mm512_setzero_ps();
+      for (int32_t i = 0; i < state.dim; i += 16) {
+        const __m512 x = _mm512_loadu_ps(q + i);
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(x));
+        poison = _mm512_fmadd_ps(x, _mm512_setzero_ps(), poison);
+      }
+      const float bound = _mm512_reduce_max_ps(largest);
+      const __m512 inverse = _mm512_set1_ps(bound > 0.0F ? 32512.0F / bound : 0.0F);
+      __m512i high_sum = _mm512_setzero_si512();
+      __m512i low_sum = _mm512_setzero_si512();
+      for (int32_t i = 0; i < state.dim; i += 16) {
+        const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + i), inverse));
+        const __m512i top = _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8);
+        const __m512i rest = _mm512_sub_epi32(x, _mm512_slli_epi32(top, 8));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(high + i), _mm512_cvtepi32_epi8(top));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(rest));
+        high_sum = _mm512_add_epi32(high_sum, top);
+        low_sum = _mm512_add_epi32(low_sum, rest);
+      }
+      // A NaN or infinity in q must show in the scores.
+      state.q_scale[h] = bound / 32512.0F + _mm512_reduce_add_ps(poison);
+      state.q_sum[h][0] = _mm512_reduce_add_epi32(high_sum);
+      state.q_sum[h][1] = _mm512_reduce_add_epi32(low_sum);
+    }
+  }
+
+  // weight * V scale = unit * (256 high + low), both unsigned. No weight exceeds 1, so the largest V scale sets the
+  // unit.
+  struct Weights {
+    alignas(64) uint8_t high[kMaxGroup][64];
+    alignas(64) uint8_t low[kMaxGroup][64];
+    alignas(64) float factor[64];
+    float unit;
+
+    void start(const Strip& strip) {
+      load_v_scales(strip, factor);
+      float largest = 0.0F;
+      float poison = 0.0F;
+      for (const float scale : factor) {
+        largest = scale > largest ? scale : largest;
+        poison += scale * 0.0F;
+      }
+      const float inverse = largest > 0.0F ? 65280.0F / largest : 0.0F;
+      for (float& scale : factor) {
+        scale *= inverse;
+      }
+      unit = largest / 65280.0F + poison;  // a NaN scale has to show
+    }
+  };
+
+  static void weigh(HeadState& state, const Strip& strip, int32_t h, float* row, Weights& weights) {
+    weigh_head<Vec512>(state, strip, h, row);
+    for (int32_t t = 0; t < kStripTokens; t += 16) {
+      const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(row + t), _mm512_load_ps(weights.factor + t));
+      const __m512i x = _mm512_cvtps_epi32(scaled);
+      _mm_store_si128(reinterpret_cast<__m128i*>(weights.high[h] + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(weights.low[h] + t), _mm512_cvtepi32_epi8(x));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace neo

@@ -1,0 +1,102 @@
+"""The kernel's tests again on other builds: with checks of addresses, undefined behaviour and data
+races, and with AMX tiles in plain C++."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pybind11
+import pytest
+
+from kernels import cpu
+
+ROOT = Path(__file__).parents[2]
+TESTS = ("tests/kernels/test_cpu_attention.py", "tests/kernels/test_cpu_pool.py")
+
+
+def _runtime(name: str) -> str | None:
+    """The sanitizer's library, which has to be loaded before Python; None: not installed."""
+    command = ["g++", f"-print-file-name=lib{name}.so"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    path = Path(done.stdout.strip())
+    return str(path.resolve()) if path.is_absolute() else None
+
+
+def _build(folder: Path, option: str) -> None:
+    """Copies the sources, so that this build and the tree's own never mix."""
+    shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(ROOT / "tests", folder / "tests")
+    for name in ("CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    build = folder / "build"
+    subprocess.run(
+        ["cmake", "-S", folder, "-B", build, "-DCMAKE_BUILD_TYPE=None", f"-D{option}",
+         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
+        check=True,
+    )  # fmt: skip
+    subprocess.run(["cmake", "--build", build, "-j2"], check=True)
+    for extension in build.glob("_neo_cpu*.so"):
+        shutil.copy(extension, folder / "kernels/cpu")
+
+
+def _run_tests(
+    folder: Path, selection: str, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection,
+         *TESTS],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("sanitizers", "runtime", "selection"),
+    [
+        ("address;undefined", "asan", ""),
+        ("thread", "tsan", "threads or two_pools or small_regions or touch or copy_from"),
+    ],
+)
+def test_sanitizers_find_nothing(
+    tmp_path: Path, sanitizers: str, runtime: str, selection: str
+) -> None:
+    library = _runtime(runtime)
+    if library is None or shutil.which("cmake") is None:
+        pytest.skip(f"needs g++ with lib{runtime} and cmake")
+    _build(tmp_path, f"NEO_SANITIZE={sanitizers}")
+    log = tmp_path / "report"
+    environment = os.environ | {
+        "LD_PRELOAD": library,
+        "PYTHONPATH": str(tmp_path),
+        "ASAN_OPTIONS": f"detect_leaks=0:log_path={log}",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        # Only what our own extension does: neither Python nor torch is instrumented.
+        "TSAN_OPTIONS": f"ignore_noninstrumented_modules=1:log_path={log}",
+    }
+    done = _run_tests(tmp_path, selection, environment)
+    reports = "\n".join(path.read_text() for path in tmp_path.glob("report.*"))
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:] + reports[-4000:]
+    assert "_neo_cpu" not in reports, reports[-4000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_loops_over_amx_tiles_are_right(tmp_path: Path) -> None:
+    """Tiles are emulated: what they compute is tested here, that they are fast elsewhere."""
+    if shutil.which("cmake") is None or "avx512bf16" not in cpu.isas():
+        pytest.skip("needs cmake and a CPU with AVX512-BF16")
+    _build(tmp_path, "NEO_EMULATE_AMX=ON")
+    done = _run_tests(tmp_path, "amx", os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 TESTS = ("tests/kernels/test_cpu_attention.py", "tests/kernels/test_cpu_pool.py")
 
 
-def _runtime(name: str) -> str | None:
-    """The sanitizer's library, which has to be loaded before Python; None: not installed."""
+def _library(name: str) -> str | None:
+    """Path of the compiler's own lib`name`; None: not installed."""
     command = ["g++", f"-print-file-name=lib{name}.so"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     path = Path(done.stdout.strip())
@@ -70,13 +70,14 @@ def _run_tests(
 def test_sanitizers_find_nothing(
     tmp_path: Path, sanitizers: str, runtime: str, selection: str
 ) -> None:
-    library = _runtime(runtime)
+    library = _library(runtime)
     if library is None or shutil.which("cmake") is None:
         pytest.skip(f"needs g++ with lib{runtime} and cmake")
     _build(tmp_path, f"NEO_SANITIZE={sanitizers}")
     log = tmp_path / "report"
     environment = os.environ | {
-        "LD_PRELOAD": library,
+        # libasan looks for __cxa_throw when it is loaded, and Python itself brings no libstdc++.
+        "LD_PRELOAD": f"{library}:{_library('stdc++')}",
         "PYTHONPATH": str(tmp_path),
         "ASAN_OPTIONS": f"detect_leaks=0:log_path={log}",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",

@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from neo_common.cgroups import CGROUPS, PROC, groups, read_words
 from neo_common.shm.limits import MemoryHeadroom, memory_headroom
 
 PROBE_SECONDS = 60.0
@@ -120,16 +121,19 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset()
 
 
-def cpu_quota(cgroups: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPUs' worth of time, from cgroup v2 or v1."""
-    words = read(cgroups / "cpu.max").split()
-    if len(words) == 2 and words[0] != "max":
-        return int(words[0]) / int(words[1])
-    quota = read(cgroups / "cpu" / "cpu.cfs_quota_us").strip()
-    period = read(cgroups / "cpu" / "cpu.cfs_period_us").strip()
-    if quota.isdigit() and period.isdigit() and int(period):
-        return int(quota) / int(period)
-    return None
+def cpu_quota(proc: Path = PROC, cgroups: Path = CGROUPS) -> float | None:
+    """CPUs' worth of time: the tightest limit of the groups around this process."""
+    quotas = []
+    for group in groups("cpu", proc, cgroups):
+        if group.unified:
+            words = read_words(group.folder / "cpu.max")
+        else:
+            words = read_words(group.folder / "cpu.cfs_quota_us")
+            words += read_words(group.folder / "cpu.cfs_period_us")
+        # No limit is "max" or -1.
+        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
+            quotas.append(int(words[0]) / int(words[1]))
+    return min(quotas, default=None)
 
 
 def chosen(path: Path) -> str:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from neo_common.cgroups import CGROUPS, PROC, groups, read_words
+
 
 @dataclass(frozen=True)
 class MemoryHeadroom:
@@ -15,12 +17,14 @@ class MemoryHeadroom:
     source: str
 
 
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
 def _read_int(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    """None where there is no such file, or it says "max"."""
+    words = read_words(path)
+    return int(words[0]) if words and words[0].isdigit() else None
 
 
 def _reclaimable(path: Path, key: str) -> int:
@@ -32,27 +36,7 @@ def _reclaimable(path: Path, key: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.split()[0] == key), 0)
 
 
-def _ancestors(mount: Path, group: str) -> list[Path]:
-    """The group's folder and all above it, as far as this mount shows them."""
-    relative = group.strip("/")
-    parts = relative.split("/") if relative else []
-    found = [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
-    return [folder for folder in found if folder.is_dir()]
-
-
-def _groups(proc: Path) -> list[tuple[str, str]]:
-    """(controller list, path) of this process; the unified hierarchy has an empty list."""
-    try:
-        lines = (proc / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    fields = [line.split(":", 2) for line in lines]
-    return [(entry[1], entry[2]) for entry in fields if len(entry) == 3]
-
-
-def memory_headroom(
-    proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
-) -> MemoryHeadroom:
+def memory_headroom(proc: Path = PROC, cgroups: Path = CGROUPS) -> MemoryHeadroom:
     """The tightest of MemAvailable and each cgroup's limit minus its usage (page cache does not
     count as used)."""
     available = 0
@@ -60,26 +44,13 @@ def memory_headroom(
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
     tightest = MemoryHeadroom(available, "the machine's available memory")
-    for controllers, group in _groups(proc):
-        if controllers == "":
-            mounts, limit, usage, cache = (
-                [cgroups, cgroups / "unified"],
-                "max",
-                "current",
-                "inactive_file",
-            )
-        elif "memory" in controllers.split(","):
-            mounts, limit = [cgroups / "memory"], "limit_in_bytes"
-            usage, cache = "usage_in_bytes", "total_inactive_file"
-        else:
+    for group in groups("memory", proc, cgroups):
+        folder = group.folder
+        limit, usage, cache = _V2 if group.unified else _V1
+        maximum, used = _read_int(folder / limit), _read_int(folder / usage)
+        if maximum is None or used is None:
             continue
-        for mount in mounts:
-            for folder in _ancestors(mount, group):
-                maximum = _read_int(folder / f"memory.{limit}")
-                used = _read_int(folder / f"memory.{usage}")
-                if maximum is None or used is None:
-                    continue
-                free = maximum - max(used - _reclaimable(folder / "memory.stat", cache), 0)
-                if free < tightest.bytes:
-                    tightest = MemoryHeadroom(max(free, 0), "the memory limit of this container")
+        free = maximum - max(used - _reclaimable(folder / "memory.stat", cache), 0)
+        if free < tightest.bytes:
+            tightest = MemoryHeadroom(max(free, 0), "the memory limit of this container")
     return tightest

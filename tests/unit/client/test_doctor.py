@@ -90,11 +90,48 @@ def test_reading_the_kernels_files(tmp_path: Path) -> None:
     assert cpu_flags(tmp_path / "none") == frozenset()
     (tmp_path / "setting").write_text("always [madvise] never\n")
     assert chosen(tmp_path / "setting") == "madvise"
-    assert cpu_quota(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert cpu_quota(tmp_path) == 1.5
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert cpu_quota(tmp_path) is None
+
+
+def quota_of(tmp_path: Path, membership: str, files: dict[str, str]) -> float | None:
+    """As it is read on a machine where this process is in `membership`."""
+    proc, cgroups = tmp_path / "proc", tmp_path / "cgroup"
+    for path, text in {
+        proc / "self/cgroup": membership,
+        **{cgroups / f: t for f, t in files.items()},
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return cpu_quota(proc, cgroups)
+
+
+def test_the_cpu_quota_is_the_tightest_around_this_process(tmp_path: Path) -> None:
+    pod = "kubepods.slice/pod1"
+    v2 = {
+        "cpu.max": "max 100000",
+        "kubepods.slice/cpu.max": "800000 100000",
+        f"{pod}/cpu.max": "150000 100000",
+        f"{pod}/container/cpu.max": "max 100000",
+        "elsewhere/cpu.max": "1000 100000",
+    }
+    assert quota_of(tmp_path / "a", f"0::/{pod}/container", v2) == 1.5
+    assert quota_of(tmp_path / "b", "0::/kubepods.slice", v2) == 8.0
+    assert quota_of(tmp_path / "c", "0::/", v2) is None
+    # In a container the mount's top is the container's own group.
+    assert quota_of(tmp_path / "d", "0::/", {"cpu.max": "250000 100000"}) == 2.5
+    assert quota_of(tmp_path / "e", "0::/not/shown", {"cpu.max": "250000 100000"}) == 2.5
+    assert quota_of(tmp_path / "f", "", v2) is None
+
+
+def test_the_cpu_quota_of_the_old_hierarchy(tmp_path: Path) -> None:
+    v1 = {
+        "cpu/cpu.cfs_quota_us": "-1",
+        "cpu/cpu.cfs_period_us": "100000",
+        "cpu/job/cpu.cfs_quota_us": "50000",
+        "cpu/job/cpu.cfs_period_us": "100000",
+    }
+    assert quota_of(tmp_path / "a", "4:cpu,cpuacct:/job\n0::/", v1) == 0.5
+    assert quota_of(tmp_path / "b", "4:cpu,cpuacct:/\n0::/", v1) is None
+    assert quota_of(tmp_path / "c", "4:cpuset:/job", v1) is None
 
 
 @pytest.mark.parametrize(("fault", "code"), [({}, 0), ({"hub_kernels": "0.1"}, 1)])

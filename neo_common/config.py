@@ -52,7 +52,9 @@ def load(
 ) -> T:
     """The effective configuration. Handles `--help` and `--print-config` (both end the process).
     Raises ConfigError."""
-    arguments = _parser(cls, prog, description).parse_args(list(argv))
+    arguments, unknown = _parser(cls, prog, description).parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(_unknown_flag(cls, unknown[0]))
     given = vars(arguments)
     values: dict[str, Any] = {}
     if given["config"]:
@@ -165,6 +167,16 @@ def _parser(cls: type[Any], prog: str, description: str) -> argparse.ArgumentPar
     return parser
 
 
+def _unknown_flag(cls: type[Any], word: str) -> str:
+    """What is wrong with a word that the parser did not know."""
+    flag = word.partition("=")[0]
+    if not flag.startswith("-"):
+        return f"unexpected argument {word!r}; settings are given as --name value"
+    known = ["--config", "--print-config", *("--" + n.replace("_", "-") for n in _fields(cls))]
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"unknown flag {flag}; " + (f"did you mean {near[0]}?" if near else "see --help")
+
+
 def field_docs(cls: type[Any]) -> dict[str, str]:
     """Field name -> the string under it in the class's source."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
@@ -226,6 +238,8 @@ def _number(name: str, kind: type[int] | type[float], value: Any) -> int | float
         raise ConfigError(f"{name} must be {what}, not {value!r}")
     try:
         number = kind(value)
+    except OverflowError as error:
+        raise ConfigError(f"{name} is too large") from error
     except ValueError as error:
         raise ConfigError(f"{name} must be {what}, not {value!r}") from error
     if number != number or number in (float("inf"), float("-inf")):

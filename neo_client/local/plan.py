@@ -39,9 +39,16 @@ def with_port(address: str) -> str:
         raise ValueError(f"listen must be HOST:PORT, not {address!r}")
     if int(port) != 0:
         return address
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return f"{host}:{probe.getsockname()[1]}"
+    bare = host.removeprefix("[").removesuffix("]")
+    try:
+        family = socket.getaddrinfo(bare, 0, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.bind((bare, 0))
+            return f"{host}:{probe.getsockname()[1]}"
+    except OSError as error:
+        raise ValueError(
+            f"listen: {host} is no address of this machine: {error.strerror}"
+        ) from error
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:
@@ -53,7 +60,10 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         raise ValueError(
             f"set must be cpu.NAME=VALUE, gpu.NAME=VALUE or router.NAME=VALUE, not {text!r}"
         )
-    return module, name.replace("-", "_"), yaml.safe_load(value)
+    try:
+        return module, name.replace("-", "_"), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"set: the value of {target} is not YAML: {value!r}") from error
 
 
 def make_plan(wishes: Wishes) -> StackPlan:

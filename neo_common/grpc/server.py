@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from neo_common.grpc.guard import Guard
 
 MAX_MESSAGE_BYTES = 64 << 20
+MAX_PORT = 65535
 # Half-open connections (a client's host gone without a FIN) are found within a minute.
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -71,6 +72,8 @@ class ServiceServer:
         host, _, port = self._listen.rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"listen must be HOST:PORT, not {self._listen!r}")
+        if int(port) > MAX_PORT:  # gRPC would take the rest of a division by 65536
+            raise ValueError(f"listen: the port must be at most {MAX_PORT}, not {port}")
         try:
             bound = self.grpc.add_insecure_port(self._listen)
         except RuntimeError as error:

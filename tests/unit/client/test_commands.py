@@ -101,6 +101,19 @@ def test_bad_listen(address: str) -> None:
         with_port(address)
 
 
+def test_listening_where_this_machine_is_not() -> None:
+    with pytest.raises(ValueError, match=r"^listen: nowhere.invalid is no address of this machine"):
+        with_port("nowhere.invalid:0")
+    with pytest.raises(ValueError, match=r"^listen: 192.0.2.1 is no address of this machine"):
+        with_port("192.0.2.1:0")
+    assert int(with_port("127.0.0.1:0").rpartition(":")[2]) > 0
+
+
+def test_an_override_that_is_no_yaml() -> None:
+    with pytest.raises(ValueError, match=r"^set: the value of gpu.threads is not YAML"):
+        parse_override("gpu.threads={")
+
+
 def message(tokens: int, usage: types_pb2.Usage | None = None) -> inference.GenerateStreamResponse:
     delta = inference.Choice(token_ids=[0] * tokens)
     return inference.GenerateStreamResponse(deltas=[delta], usage=usage)

@@ -50,6 +50,23 @@ def test_a_slip_in_the_environment_is_an_error(name: str) -> None:
         read(environment={name: "1"})
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cuont", "3"], "unknown flag --cuont; did you mean --count?"),
+        (["--cuont=3"], "unknown flag --cuont; did you mean --count?"),
+        (["--print-confg"], "did you mean --print-config?"),
+        (["--zzz", "3"], "unknown flag --zzz; see --help"),
+        (["count=3"], "unexpected argument 'count=3'"),
+        (["--coun", "3"], "did you mean --count?"),
+    ],
+)
+def test_unknown_flags_are_errors_with_the_nearest_name(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(*flags)
+    assert message in str(caught.value)
+
+
 def test_other_names_in_the_environment_are_left_alone() -> None:
     """The kernel's, those that Kubernetes makes of Services, and other services' settings."""
     services = {
@@ -81,6 +98,7 @@ def test_lists_and_switches() -> None:
         ("count: 1.5", "count must be a whole number"),
         ("count: true", "count must be a whole number"),
         ("share: .nan", "share must be finite"),
+        (f"share: {10**400}", "share is too large"),
         ("active: maybe", "active must be true or false"),
         ("name: [1]", "name must be text"),
         ("peers: 3", "peers must be a list"),

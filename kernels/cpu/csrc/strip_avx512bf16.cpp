@@ -28,7 +28,8 @@ inline void with_count(int32_t count, F&& f) {
 // ---- bf16
 
 struct Bf16 : Bf16Operands {
-  static constexpr int32_t kHeads = 4;  // at once: 16 accumulators of the 32 registers
+  static constexpr int32_t kHeads = 4;      // at once: 16 accumulators of the 32 registers
+  static constexpr int32_t kEarlyRows = 3;  // of the 8 lines that a column of V has
 
   template <int32_t heads, int32_t tiles>
   static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
@@ -79,7 +80,9 @@ struct Bf16 : Bf16Operands {
         __m512i v[columns];
         for (int32_t c = 0; c < columns; ++c) {
           v[c] = _mm512_loadu_si512(row + c * kLine);
-          __builtin_prefetch(next + c * kLine, 0, 2);
+          if (i >= kEarlyRows) {
+            __builtin_prefetch(next + c * kLine, 0, 2);
+          }
         }
         for (int32_t h = 0; h < heads; ++h) {
           const __m512i pair = _mm512_set1_epi32(word(weights[head + h] + t * 16 + i * 2));
@@ -106,7 +109,8 @@ struct Bf16 : Bf16Operands {
 // ---- int8
 
 struct Int8 : Int8Operands {
-  static constexpr int32_t kHeads = 2;  // high and low bytes: 16 accumulators again
+  static constexpr int32_t kHeads = 2;      // high and low bytes: 16 accumulators again
+  static constexpr int32_t kEarlyRows = 1;  // of 4
 
   template <int32_t heads, int32_t tiles>
   static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
@@ -168,7 +172,9 @@ struct Int8 : Int8Operands {
         __m512i v[columns];
         for (int32_t c = 0; c < columns; ++c) {
           v[c] = _mm512_loadu_si512(row + c * kLine);
-          __builtin_prefetch(next + c * kLine, 0, 2);
+          if (i >= kEarlyRows) {
+            __builtin_prefetch(next + c * kLine, 0, 2);
+          }
         }
         for (int32_t h = 0; h < heads; ++h) {
           const __m512i w_high = _mm512_set1_epi32(word(weights.high[head + h] + t * 16 + i * 4));
@@ -203,8 +209,15 @@ inline void attend_heads(HeadState& state, const Strip& strip, int32_t head, flo
   } else {
     Kv::template scores<heads, kStripTiles>(state, strip, ahead, head, scores);
   }
-  for (int32_t h = head; h < head + heads; ++h) {
-    Kv::weigh(state, strip, h, scores[h], weights);
+  const int32_t early = Kv::kEarlyRows * state.dim / 16;
+  for (int32_t h = 0; h < heads; ++h) {
+    // Memory would be idle while scores become weights.
+    for (int32_t t = h; t < kStripTiles; t += heads) {
+      for (int32_t i = 0; i < early; ++i) {
+        __builtin_prefetch(ahead.tiles[t].v + i * kLine, 0, 2);
+      }
+    }
+    Kv::weigh(state, strip, head + h, scores[head + h], weights);
   }
   const int32_t columns = state.dim / 16;
   int32_t column = 0;

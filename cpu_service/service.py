@@ -14,6 +14,7 @@ from cpu_service.grpc_epoch import GrpcEpoch
 from cpu_service.sessions import Session, SessionTable
 from kernels import cpu
 from neo_common.errors import Reason, ServiceError
+from neo_common.grpc.guard import Malformed
 from neo_common.shm.memory import boot_id
 from protos.neo.v1 import cpu_attention_pb2 as pb
 from protos.neo.v1 import cpu_attention_pb2_grpc as pb_grpc
@@ -39,9 +40,9 @@ async def _next(
 
 
 def _checked(message: object) -> pb.AttendRequest | None:
-    """What could not be decoded arrives as some other object (see neo_common.grpc.guard)."""
-    if message is not None and not isinstance(message, pb.AttendRequest):
-        raise ServiceError(Reason.INVALID_ARGUMENT, "the message's bytes cannot be decoded")
+    if isinstance(message, Malformed):
+        raise message.error()
+    assert message is None or isinstance(message, pb.AttendRequest)
     return message
 
 

@@ -6,11 +6,13 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from neo_common.errors import Reason, ServiceError
+from neo_common.grpc.malformed import bad_text_field
 
 _log = logging.getLogger(__name__)
 
@@ -19,8 +21,20 @@ Context = Any
 Handler = Callable[[Any, Context], Any]
 
 
-class _Malformed:
+@dataclass(frozen=True)
+class Malformed:
     """Stands for a request whose bytes are not its message: truncated, or text not UTF-8."""
+
+    field: str | None
+    """The text that is not UTF-8; None when something else is wrong."""
+
+    def error(self) -> ServiceError:
+        """What its sender is told."""
+        if self.field is None:
+            return ServiceError(Reason.INVALID_ARGUMENT, "the request's bytes cannot be decoded")
+        return ServiceError(
+            Reason.INVALID_ARGUMENT, f"{self.field} is not valid UTF-8", field=self.field
+        )
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -96,8 +110,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return call
 
     def _check(self, method: str, request: Any) -> None:
-        if isinstance(request, _Malformed):
-            raise ServiceError(Reason.INVALID_ARGUMENT, "the request's bytes cannot be decoded")
+        if isinstance(request, Malformed):
+            raise request.error()
         if self.draining and self._counted(method):
             raise ServiceError(Reason.DRAINING, "this server is shutting down", retry_after=1.0)
 
@@ -118,7 +132,9 @@ def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         try:
             return parse(data)
         except Exception:  # protobuf's DecodeError, or UnicodeDecodeError from its Python backend
-            return _Malformed()
+            # Generated stubs pass a message class's own method.
+            message = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+            return Malformed(None if message is None else bad_text_field(message, data))
 
     return call
 

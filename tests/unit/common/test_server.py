@@ -18,6 +18,7 @@ from neo_common.errors import ErrorDetails, Reason, ServiceError
 from neo_common.grpc.server import ServiceServer
 from protos.neo.v1 import inference_pb2 as pb
 from protos.neo.v1 import inference_pb2_grpc as pb_grpc
+from protos.neo.v1 import types_pb2
 
 SERVICE = pb.DESCRIPTOR.services_by_name["InferenceService"]
 SECRET = "the prompt"
@@ -107,6 +108,16 @@ async def test_malformed_requests_are_the_clients_fault(data: bytes) -> None:
         stream = channel.unary_stream(f"/{SERVICE.full_name}/GenerateStream")
         for call in (unary(data), stream(data)):
             assert (await failure(call)).code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_text_that_is_not_utf8_is_named() -> None:
+    async with serving() as (_, _, channel):
+        good = pb.GenerateRequest(text="hi", sampling=types_pb2.SamplingParams(stop=["ok", "ab"]))
+        data = good.SerializeToString().replace(b"ab", b"\xff\xfe")
+        error = await failure(channel.unary_stream(f"/{SERVICE.full_name}/GenerateStream")(data))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert ErrorDetails(error).fields == ["sampling.stop"]
+    assert error.details() == "sampling.stop is not valid UTF-8"
 
 
 async def test_drain_finishes_live_calls_and_refuses_new_ones() -> None:

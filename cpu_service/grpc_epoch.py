@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_service.epoch import EpochStats, ThreadPlan
-from cpu_service.spec import SessionSpec
+from cpu_service.spec import MAX_INLINE_BYTES, SessionSpec
 from kernels import cpu
 from neo_common.errors import Reason, ServiceError
 from neo_common.shm.memory import SharedMemory
@@ -105,6 +105,12 @@ class GrpcEpoch:
         self._pool.write(request.layer, slots, k, v, self._threads)
 
     def _read(self, request: pb.ReadKv) -> pb.KvData:
+        row_bytes = 2 * self._spec.step.kv_row_bytes
+        if len(request.slots) * row_bytes > MAX_INLINE_BYTES:
+            raise ValueError(
+                f"{len(request.slots)} slots are more than the {MAX_INLINE_BYTES // row_bytes} "
+                "whose K and V one message carries"
+            )
         slots = np.array(request.slots, np.int64)
         dtype = self._spec.step.activation
         shape = (len(slots), self._spec.layout.kv_heads, self._spec.layout.head_dim)

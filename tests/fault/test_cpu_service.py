@@ -11,12 +11,15 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 import yaml
 
 from gpu_service.offload.host_tier import HostTierStalled, HostTierState
 from gpu_service.offload.keeper import HostTierUnavailable
+from kernels.cpu import LAYOUT_VERSION
+from protos.neo.v1 import cpu_attention_pb2, cpu_attention_pb2_grpc
 from tests.support.offload import (
     SHAPE,
     SLOTS,
@@ -210,7 +213,7 @@ def test_sigterm_with_a_live_session(tmp_path: Path) -> None:
     the next process, KV intact."""
     mirror = Mirror.make()
     with (
-        cpu_service(tmp_path, drain_grace_seconds=0.5) as service,
+        cpu_service(tmp_path, drain_grace_seconds=2.0) as service,
         open_tier(service.address) as tier,
     ):
         mirror.fill(tier)
@@ -222,6 +225,10 @@ def test_sigterm_with_a_live_session(tmp_path: Path) -> None:
             open_tier(service.address, open_seconds=0.3),
         ):
             pass
+        with grpc.insecure_channel(service.address) as channel:
+            stub = cpu_attention_pb2_grpc.CpuAttentionServiceStub(channel)
+            asked = stub.GetCapabilities(cpu_attention_pb2.GetCapabilitiesRequest(), timeout=5)
+            assert asked.layout_version == LAYOUT_VERSION  # questions are answered to the end
         assert service.wait_exit(5) == 0
         poll_until(tier, HostTierState.DEGRADED)
         service.start()

@@ -280,6 +280,22 @@ def test_inline_tensors_that_lie_are_refused(stub: pb_grpc.CpuAttentionServiceSt
         assert ErrorDetails(caught.value).fields == [field]
 
 
+def test_a_read_of_more_than_a_message_carries_is_refused(
+    stub: pb_grpc.CpuAttentionServiceStub,
+) -> None:
+    """Slots take a byte each on the way in: what they ask for must not fill the service's memory.
+
+    The error comes in the place of an answer that no peer could receive."""
+    session = pb.AttendRequest(open=opening(transport=pb.TRANSPORT_GRPC))
+    most = (48 << 20) // (2 * 2 * 32 * 4)
+    read = pb.AttendRequest(read_kv=pb.ReadKv(slots=[3] * (most + 1), call_id=1))
+    with pytest.raises(grpc.RpcError) as caught:
+        attend(stub, session, read)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert ErrorDetails(caught.value).fields == ["read_kv"]
+    assert f"{most + 1} slots" in caught.value.details()
+
+
 def test_tensors_do_not_belong_into_a_shared_memory_session(
     stub: pb_grpc.CpuAttentionServiceStub,
 ) -> None:

@@ -110,6 +110,7 @@ class Machine:
         self.first_token: dict[str, float] = {}
         self.prompt_tokens: dict[str, list[int]] = {}
         """Of those that asked for log probabilities of their prompt: whose they were told."""
+        self._choices: dict[str, int] = {}
         self._seconds = seconds
         self._books = Books()
         self._look_ahead = look_ahead
@@ -117,6 +118,7 @@ class Machine:
         self.looked_ahead = 0
 
     def submit(self, request: Submit) -> None:
+        self._choices[request.request_id] = request.sampling.n
         self.scheduler.submit(request, self.now)
 
     def step(self, spoil: Spoil | None = None) -> bool:
@@ -251,9 +253,20 @@ class Machine:
         for usage in news.usages:
             assert usage.request_id not in self.usages, "two ends"
             self.usages[usage.request_id] = usage
+            self._check_usage(usage)
         for refusal in news.refusals:
             assert refusal.request_id not in self.refused
             self.refused[refusal.request_id] = refusal.reason
+
+    def _check_usage(self, usage: RequestUsage) -> None:
+        """It adds up, whatever happened to the request."""
+        heard = sum(len(t) for (name, _), t in self.outputs.items() if name == usage.request_id)
+        assert usage.completion_tokens == heard
+        assert usage.gpu_tokens + usage.host_tokens == heard
+        assert usage.queue_seconds <= usage.ttft_seconds
+        # Each choice goes to and fro; one that is computed again begins anew.
+        begun = self._choices[usage.request_id] + usage.recomputations
+        assert abs(usage.demotions - usage.promotions) <= begun
 
 
 def expected_output(request: Submit) -> list[int]:

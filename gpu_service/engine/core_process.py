@@ -27,6 +27,7 @@ from gpu_service.engine.build import build_core
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Command, Event, Failed, Progress, Shutdown
 from gpu_service.offload.keeper import HostTierUnavailable
+from gpu_service.pipeline.results import is_out_of_memory
 from neo_common.logging import setup
 
 _LOG = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ IDLE_WAIT_MS = 500
 """How soon to look again at the host tier's health when no request is live."""
 PROGRESS_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
+_NO_MEMORY = (
+    "memory ran out while the model was loading; lower gpu_memory_utilization, gpu_kv_blocks or "
+    "max_batch_tokens, or take a smaller model"
+)
 
 
 class CoreChannel:
@@ -171,7 +176,12 @@ def _run(config: GpuServiceConfig, commands: CoreChannel) -> int:
         built = build_core(config, ProgressEvents(commands))
     except (ValueError, OSError, MemoryError, HostTierUnavailable) as error:
         # Known ways to fail carry a sentence for the operator.
-        commands.send(Failed(str(error) or "memory ran out while the model was loading"))
+        commands.send(Failed(str(error) or _NO_MEMORY))
+        return 2
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        commands.send(Failed(_NO_MEMORY))
         return 2
     commands.send(built.ready)
     try:

@@ -131,6 +131,25 @@ def test_logits_that_are_not_finite_end_their_request_alone(directories: dict[st
     assert answers.tokens["good", 0] == greedy_tokens(reference, prompts()[2], OUTPUT)
 
 
+def test_running_out_of_memory_ends_one_request(directories: dict[str, Path]) -> None:
+    made = core(directories["llama"], offload="never", max_batch_tokens=64)
+    forward = made._runner._sweeps.forward  # type: ignore[attr-defined]
+    run_sweep, failures = forward.run, []
+
+    def short_of_memory(shape: Any, longest: int) -> None:
+        if longest == LENGTHS[2]:
+            failures.append(shape)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        run_sweep(shape, longest)
+
+    forward.run = short_of_memory
+    answers = run(made, [greedy("old", prompts()[0], OUTPUT), greedy("big", prompts()[2], OUTPUT)])
+    assert len(failures) == 1
+    assert {r: x.reason for r, x in answers.refusals.items()} == {"big": "OUT_OF_MEMORY"}
+    reference = reference_model(directories["llama"])
+    assert answers.tokens["old", 0] == greedy_tokens(reference, prompts()[0], OUTPUT)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mutant", ["slots", "positions", "sources", "samples"])
 def test_wrong_inputs_show_in_the_tokens(directories: dict[str, Path], mutant: str) -> None:

@@ -85,10 +85,10 @@ class CudaRunner:
         shape = self._sweeps.table.shape_for(batch)
         begin = self._mark()
         self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn)
-        if not self._sweeps.graphs.replay(shape):
-            longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
-            self._sweeps.forward.run(shape, longest)
         try:
+            if not self._sweeps.graphs.replay(shape):
+                longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
+                self._sweeps.forward.run(shape, longest)
             logprobs = self._sample(batch, sampling)
             prompt_logprobs = self._prompt_logprobs(batch, shape, sampling)
         except (MemoryError, RuntimeError) as error:

@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+import torch
 
-from gpu_service.engine.build import build_core
+from gpu_service.engine import core_process
+from gpu_service.engine.build import build_core, resolve_device
 from gpu_service.engine.client import EngineClient, EngineStartError
 from gpu_service.engine.messages import Abort, Failed, Output, Progress, Ready, Shutdown
 from tests.support.engine import config, greedy
@@ -167,6 +170,31 @@ def test_what_cannot_start_says_why_in_a_sentence(
     with pytest.raises(ValueError, match=sentence) as caught:
         build_core(config(values.pop("model"), **values))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert resolve_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="'cuda:2', but torch sees 2 CUDA devices"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_device_too_small_says_so_in_a_sentence(
+    directory: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[object] = []
+
+    def build(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(core_process, "build_core", build)
+    channel = SimpleNamespace(send=said.append)
+    assert core_process._run(config(directory), channel) == 2  # type: ignore[arg-type]
+    (failed,) = said
+    assert isinstance(failed, Failed)
+    assert failed.message.startswith("memory ran out while the model was loading; lower")
 
 
 async def test_the_client_raises_what_the_core_says_and_cleans_up() -> None:

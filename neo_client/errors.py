@@ -17,7 +17,8 @@ def explain(error: grpc.RpcError) -> str:
     message = call.details() or "no details"
     if not details.reason and code is grpc.StatusCode.UNAVAILABLE:
         message = f"the server cannot be reached ({message})"
-    text = f"{message} [{code.name}{', ' + details.reason if details.reason else ''}]"
+    names = dict.fromkeys((code.name, details.reason or code.name))
+    text = f"{message} [{', '.join(names)}]"
     if details.retry_after is not None:
         text += f"; try again in {details.retry_after:g} s"
     return text

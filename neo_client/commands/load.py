@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from neo_client.commands.generate import DEFAULT_ADDRESS
@@ -18,9 +19,12 @@ from protos.neo.v1 import engine_pb2_grpc, router_pb2_grpc
 from protos.neo.v1 import router_pb2 as router
 
 COLUMNS = (
-    "backend", "state", "running gpu/host", "waiting", "KV gpu", "KV host", "tokens/s",
-    "sweep ms", "demoted/promoted", "host tier", "age s",
+    "backend", "state", "running", "queue", "KV", "tok/s", "ms", "moved", "tier", "age s",
 )  # fmt: skip
+LEGEND = (
+    "running: requests on GPU + host tier; KV: blocks in use, likewise; ms: of a sweep; moved: "
+    "demotions/promotions; tier: the host tier's state; age: of the report"
+)
 ANSWER_SECONDS = 10.0
 STYLES = {"up": "green", "suspect": "yellow", "draining": "cyan", "down": "red"}
 
@@ -29,7 +33,8 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "load",
         help="live load table",
-        description="Shows the load of a router's backends, or of one gpu_service, until Ctrl-C.",
+        description="Shows the load of a router's backends, or of one gpu_service, until Ctrl-C. "
+        f"Columns: {LEGEND}.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -94,9 +99,16 @@ def state_of(load: engine.LoadSnapshot) -> router.BackendState:
 
 
 def table(backends: Sequence[router.Backend]) -> Table:
-    shown = Table(*COLUMNS)
+    # Fits into 80 columns, since that is what a pipe has and many terminals; an address cut short
+    # would be of no use to `neo drain`.
+    shown = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in COLUMNS:
+        shown.add_column(name, no_wrap=name in ("backend", "state"))
     for backend in backends:
         shown.add_row(*row(backend))
+    problems = [f"{escape(b.address)}: {escape(b.problem)}" for b in backends if b.problem]
+    if problems:
+        shown.caption, shown.caption_justify = "\n".join(problems), "left"
     return shown
 
 
@@ -105,19 +117,18 @@ def row(backend: router.Backend) -> list[str]:
     state = router.BackendState.Name(backend.state).removeprefix("BACKEND_STATE_").lower()
     styled = f"[{STYLES.get(state, 'white')}]{state}[/]"
     if not backend.HasField("load"):
-        return [backend.address, styled, backend.problem or "-", *["-"] * (len(COLUMNS) - 3)]
+        return [backend.address, styled, *["-"] * (len(COLUMNS) - 2)]
     load = backend.load
     host_tier = engine.HostTierState.Name(load.host_tier_state).removeprefix("HOST_TIER_STATE_")
     return [
         backend.address,
         styled,
-        f"{load.gpu.running_requests} / {load.host.running_requests}",
+        f"{load.gpu.running_requests}+{load.host.running_requests}",
         str(load.waiting_requests),
-        used(load.gpu),
-        used(load.host),
+        f"{used(load.gpu)}+{used(load.host)}",
         f"{load.output_tokens_per_second:.1f}",
         f"{1000 * load.iteration_seconds:.1f}",
-        f"{load.demotions_total} / {load.promotions_total}",
+        f"{load.demotions_total}/{load.promotions_total}",
         host_tier.lower(),
         f"{backend.load_age_seconds:.1f}",
     ]
@@ -128,4 +139,4 @@ def used(tier: engine.TierLoad) -> str:
     if tier.total_blocks == 0:
         return "-"
     taken = tier.total_blocks - tier.free_blocks
-    return f"{100 * taken / tier.total_blocks:.0f}% of {tier.total_blocks}"
+    return f"{100 * taken / tier.total_blocks:.0f}%"

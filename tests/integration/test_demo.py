@@ -100,9 +100,9 @@ def test_serve_generate_load_restart_drain_stop(model: Path) -> None:
         assert len(first.stdout.split()) == 8
         assert "GPU tier 0 / host tier 8" in first.stderr
 
-        load = neo("load", "--once", "--address", address, env={**os.environ, "COLUMNS": "200"})
+        load = neo("load", "--once", "--address", address)
         assert load.returncode == 0, load.stderr
-        backend = re.search(r"(127\.0\.0\.1:\d+) +│ up", load.stdout)
+        backend = re.search(r"(127\.0\.0\.1:\d+) +up", load.stdout)
         assert backend, load.stdout
 
         os.kill(find_service(stack.process.pid, "cpu_service"), signal.SIGKILL)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import re
 from pathlib import Path
 
+import grpc
 import pytest
+from rich.console import Console
 
 from neo_client import cli
 from neo_client.commands import demo, generate, load, serve
+from neo_client.errors import explain
 from neo_client.local.plan import make_plan, parse_override, with_port
 from neo_client.stats import StreamStats
+from neo_common.errors import Reason, ServiceError
 from protos.neo.v1 import engine_pb2 as engine
 from protos.neo.v1 import inference_pb2 as inference
 from protos.neo.v1 import router_pb2 as router
@@ -144,12 +149,57 @@ def test_a_row_of_the_load_table() -> None:
         address="x:1", state=router.BACKEND_STATE_UP, load=snapshot, load_age_seconds=0.25
     )
     assert load.row(backend) == [
-        "x:1", "[green]up[/]", "2 / 1", "3", "60% of 10", "-", "80.0", "12.5", "5 / 6",
-        "degraded", "0.2",
+        "x:1", "[green]up[/]", "2+1", "3", "60%+-", "80.0", "12.5", "5/6", "degraded", "0.2",
     ]  # fmt: skip
     down = router.Backend(address="y:1", state=router.BACKEND_STATE_DOWN, problem="refused")
-    assert load.row(down)[:3] == ["y:1", "[red]down[/]", "refused"]
+    assert load.row(down)[:3] == ["y:1", "[red]down[/]", "-"]
     assert len(load.row(down)) == len(load.row(backend)) == len(load.COLUMNS)
+
+
+def test_the_load_table_fits_into_a_terminal() -> None:
+    """Nothing cut: `neo drain` wants the address as it stands there."""
+    tier = engine.TierLoad(total_blocks=1000, free_blocks=10, running_requests=128)
+    snapshot = engine.LoadSnapshot(
+        state=engine.ENGINE_STATE_SERVING, host_tier_state=engine.HOST_TIER_STATE_UP,
+        gpu=tier, host=tier, waiting_requests=1024, iteration_seconds=0.1234,
+        output_tokens_per_second=2321.5, demotions_total=100, promotions_total=100,
+    )  # fmt: skip
+    busy = router.Backend(
+        address="127.0.0.1:47459", state=router.BACKEND_STATE_UP, load=snapshot,
+        load_age_seconds=0.25,
+    )  # fmt: skip
+    busy.load.state, busy.state = engine.ENGINE_STATE_DRAINING, router.BACKEND_STATE_DRAINING
+    down = router.Backend(
+        address="10.0.0.1:65535", state=router.BACKEND_STATE_DOWN, problem="UNAVAILABLE: [x]"
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(load.table([busy, down]))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    (row,) = [line for line in lines if line.startswith("127.0.0.1:47459")]
+    assert row.split() == [
+        "127.0.0.1:47459", "draining", "128+128", "1024", "99%+99%", "2321.5", "123.4",
+        "100/100", "up", "0.2",
+    ]  # fmt: skip
+    assert "10.0.0.1:65535: UNAVAILABLE: [x]" in lines
+
+
+def test_an_error_is_named_once() -> None:
+    class Refused(grpc.RpcError):
+        reason = Reason.INVALID_ARGUMENT
+
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.INVALID_ARGUMENT
+
+        def details(self) -> str:
+            return "text is empty"
+
+        def trailing_metadata(self) -> object:
+            return ServiceError(self.reason, self.details()).to_status().trailing_metadata
+
+    assert explain(Refused()) == "text is empty [INVALID_ARGUMENT]"
+    other = Refused()
+    other.reason = Reason.UNKNOWN_MODEL
+    assert explain(other) == "text is empty [INVALID_ARGUMENT, UNKNOWN_MODEL]"
 
 
 def test_log_lines_are_trimmed_for_the_demo(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,15 +90,16 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return pb.GetModelResponse(model=self._describe())
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        validate.check_model(request.model, self._served())
+        model = self._served()
+        validate.check_model(request.model, model)
         kind = request.WhichOneof("input")
         if kind is None:
             raise invalid("input", "is missing: set text or chat")
         if kind == "chat":
-            ids = await validate.encode_chat(self._tokenizer, request.chat)
+            ids = await validate.encode_chat(self._tokenizer, request.chat, model)
         else:
             special = not request.skip_special_tokens
-            ids = await validate.encode_text(self._tokenizer, request.text, special=special)
+            ids = await validate.encode_text(self._tokenizer, request.text, model, special=special)
         return pb.TokenizeResponse(token_ids=ids)
 
     async def Detokenize(
@@ -106,8 +107,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> pb.DetokenizeResponse:
         model = self._served()
         validate.check_model(request.model, model)
-        ids = list(request.token_ids)
-        validate.check_token_ids("token_ids", ids, model.vocab_size)
+        ids = validate.prompt_ids("token_ids", request.token_ids, model)
         text = self._tokenizer.decode(ids, skip_special_tokens=not request.include_special_tokens)
         return pb.DetokenizeResponse(text=text)
 

@@ -6,7 +6,7 @@ import asyncio
 import math
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 # Tokenising this much takes about a millisecond; more goes to a thread, off the event loop.
 INLINE_CHARACTERS = 2000
+# Normalisers may shorten a text before it is cut into tokens; composing Hangul, to a third.
+MAX_SHORTENING = 4
 
 _TARGETS: tuple[Literal["ttft_ms", "tpot_ms"], ...] = ("ttft_ms", "tpot_ms")
 _PLACEMENTS = {
@@ -113,35 +115,37 @@ async def _prompt(
     if kind is None:
         raise invalid("prompt", "is missing: set text, token_ids or chat")
     if kind == "token_ids":
-        ids = list(request.token_ids.ids)
-        check_token_ids("token_ids", ids, model.vocab_size)
+        ids = prompt_ids("token_ids", request.token_ids.ids, model)
     elif kind == "text":
-        ids = await encode_text(
-            tokenizer, request.text, special=not request.skip_special_tokens_in_prompt
-        )
+        special = not request.skip_special_tokens_in_prompt
+        ids = await encode_text(tokenizer, request.text, model, special=special)
     else:
-        ids = await encode_chat(tokenizer, request.chat)
+        ids = await encode_chat(tokenizer, request.chat, model)
     if not ids:
         raise invalid(kind, "is empty")
     return ids
 
 
-async def encode_text(tokenizer: Tokenizer, text: str, *, special: bool) -> list[int]:
+async def encode_text(
+    tokenizer: Tokenizer, text: str, model: ServedModel, *, special: bool
+) -> list[int]:
     if not text:
         raise invalid("text", "is empty")
+    _check_length("text", len(text), tokenizer, model)
     return await _off_loop(len(text), lambda: tokenizer.encode(text, add_special_tokens=special))
 
 
-async def encode_chat(tokenizer: Tokenizer, chat: types.Chat) -> list[int]:
+async def encode_chat(tokenizer: Tokenizer, chat: types.Chat, model: ServedModel) -> list[int]:
+    _check_count("chat.messages", len(chat.messages), "messages", model)
     messages = [{"role": m.role, "content": m.content} for m in chat.messages]
     if not messages:
         raise invalid("chat.messages", "is empty")
     if not all(m["role"] for m in messages):
         raise invalid("chat.messages.role", "is empty")
+    length = sum(len(m["content"]) for m in messages)
+    _check_length("chat.messages.content", length, tokenizer, model)
     try:
-        return await _off_loop(
-            sum(len(m["content"]) for m in messages), lambda: tokenizer.render_chat(messages)
-        )
+        return await _off_loop(length, lambda: tokenizer.render_chat(messages))
     except ValueError as error:
         raise ServiceError(Reason.INVALID_ARGUMENT, f"chat: {error}", field="chat") from error
 
@@ -152,16 +156,42 @@ async def _off_loop(characters: int, encode: Callable[[], list[int]]) -> list[in
     return await asyncio.to_thread(encode)
 
 
-def check_token_ids(field: str, ids: list[int], vocab_size: int) -> None:
-    for token in ids:
-        if token >= vocab_size:
-            raise invalid(field, f"holds {token}, and the vocabulary has {vocab_size} tokens")
+def _check_length(field: str, length: int, tokenizer: Tokenizer, model: ServedModel) -> None:
+    """Refuse what cannot fit before time is spent on its tokens."""
+    most = MAX_SHORTENING * tokenizer.longest_token * model.max_context_tokens
+    if length > most:
+        raise invalid(
+            field,
+            f"has {length} characters, more than the {model.max_context_tokens} tokens that can be "
+            "served could stand for",
+        )
+
+
+def prompt_ids(field: str, ids: Sequence[int], model: ServedModel) -> list[int]:
+    """A client's token ids as a list, which must not be longer than any prompt. Raises
+    ServiceError."""
+    _check_count(field, len(ids), "tokens", model)
+    found = list(ids)
+    check_token_ids(field, found, model.vocab_size)
+    return found
+
+
+def _check_count(field: str, count: int, what: str, model: ServedModel) -> None:
+    most = model.max_context_tokens
+    if count > most:
+        raise invalid(field, f"has {count} {what}; at most {most} can be served")
+
+
+def check_token_ids(field: str, ids: Collection[int], vocab_size: int) -> None:
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise invalid(field, f"holds {largest}, and the vocabulary has {vocab_size} tokens")
 
 
 def _stop_strings(request: inference.GenerateRequest) -> tuple[str, ...]:
-    stop = tuple(request.sampling.stop)
-    if len(stop) > MAX_STOP_STRINGS:
+    if len(request.sampling.stop) > MAX_STOP_STRINGS:
         raise invalid("sampling.stop", f"has more than {MAX_STOP_STRINGS} strings")
+    stop = tuple(request.sampling.stop)
     if any(not 1 <= len(text.encode()) <= MAX_STOP_BYTES for text in stop):
         raise invalid("sampling.stop", f"must hold strings of 1 to {MAX_STOP_BYTES} bytes")
     if stop and request.token_ids_only:
@@ -175,16 +205,16 @@ def sampling_spec(params: types.SamplingParams, model: ServedModel, room: int) -
     def given(name: Any, default: Any) -> Any:
         return getattr(params, name) if params.HasField(name) else default
 
-    bias = dict(params.logit_bias)
-    if len(bias) > MAX_LOGIT_BIAS:
+    if len(params.logit_bias) > MAX_LOGIT_BIAS:
         raise invalid("sampling.logit_bias", f"has more than {MAX_LOGIT_BIAS} entries")
-    check_token_ids("sampling.logit_bias", list(bias), model.vocab_size)
+    bias = dict(params.logit_bias)
+    check_token_ids("sampling.logit_bias", bias, model.vocab_size)
     for value in bias.values():
         _between("sampling.logit_bias", value, -100, 100)
-    stop_ids = tuple(params.stop_token_ids)
-    if len(stop_ids) > MAX_STOP_TOKENS:
+    if len(params.stop_token_ids) > MAX_STOP_TOKENS:
         raise invalid("sampling.stop_token_ids", f"has more than {MAX_STOP_TOKENS} ids")
-    check_token_ids("sampling.stop_token_ids", list(stop_ids), model.vocab_size)
+    stop_ids = tuple(params.stop_token_ids)
+    check_token_ids("sampling.stop_token_ids", stop_ids, model.vocab_size)
     spec = SamplingSpec(
         temperature=given("temperature", 1.0),
         top_p=given("top_p", 1.0),

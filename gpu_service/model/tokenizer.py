@@ -33,8 +33,11 @@ class Tokenizer:
         self._chat_template = chat_template
         self.eos_token_ids = eos_token_ids
         """Ids that end an output by themselves; the same as in the model's ModelSpec."""
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
         """Ids are below this. The model's own vocabulary may be padded to more."""
+        self.longest_token = max(map(len, vocabulary), default=0)
+        """Characters."""
 
     @property
     def has_chat_template(self) -> bool:
@@ -42,8 +45,12 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. add_special_tokens: whatever the model puts around a text (often a
-        beginning-of-sequence token). Special tokens written out in the text count as such."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        beginning-of-sequence token). Special tokens written out in the text count as such.
+
+        Other threads go on meanwhile: the library's `encode` holds the interpreter's lock (0.5 s
+        for a megabyte), its `encode_batch_fast` does not."""
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

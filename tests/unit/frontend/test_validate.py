@@ -14,10 +14,14 @@ from protos.neo.v1 import inference_pb2 as pb
 from protos.neo.v1 import types_pb2 as types
 
 MODEL = ServedModel("tiny", vocab_size=100, max_context_tokens=64)
+LONGEST_TEXT = 64 * 10 * 4
+"""Characters, of `WordTokenizer`."""
 
 
 class WordTokenizer:
     """One token a word; chats with a role "bad" are refused."""
+
+    longest_token = 10
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + [2 + len(word) for word in text.split()]
@@ -160,7 +164,11 @@ BAD_REQUESTS: list[tuple[str, Callable[[pb.GenerateRequest], None]]] = [
     ("prompt", lambda r: r.ClearField("text")),
     ("text", set_attribute("text", "")),
     ("text", set_attribute("text", "word " * 63)),
+    ("text", set_attribute("text", "x" * (LONGEST_TEXT + 1))),
+    ("chat.messages.content", set_chat(("user", "x" * LONGEST_TEXT), ("user", "x"))),
+    ("chat.messages", set_chat(*[("user", "")] * 65)),
     ("token_ids", set_ids([])),
+    ("token_ids", set_ids([1] * 65)),
     ("token_ids", set_ids([100])),
     ("token_ids", set_ids([1] * 64)),
     ("chat.messages", set_chat()),
@@ -196,6 +204,21 @@ def test_unknown_model() -> None:
         parse(changed(set_attribute("model", "other")))
     assert caught.value.reason is Reason.UNKNOWN_MODEL
     parse(changed(set_attribute("model", "tiny")))
+
+
+def test_a_long_text_of_few_tokens_is_no_mistake() -> None:
+    parse(changed(set_attribute("text", "x" * LONGEST_TEXT)))
+    parse(changed(set_chat(("user", "x" * LONGEST_TEXT))))
+
+
+def test_what_is_far_too_long_is_never_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(WordTokenizer, "encode")
+    for change in (
+        set_attribute("text", "x" * (LONGEST_TEXT + 1)),
+        set_chat(("user", "x" * (LONGEST_TEXT + 1))),
+    ):
+        with pytest.raises(ServiceError, match=r"characters, more than the 64 tokens"):
+            parse(changed(change))
 
 
 def test_the_longest_prompt_leaves_one_token() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +299,28 @@ def test_bad_gguf_tokenizers(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="its tokenizer is damaged"):
         load_tokenizer(path)
+
+
+def test_other_threads_go_on_while_a_long_text_is_cut_into_tokens() -> None:
+    """The front end's event loop is one: it must not stand still for one client's text."""
+    backend = tokenizers.Tokenizer(bpe.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer = Tokenizer(backend, (), None)
+    text, ended, gaps = "ab" * 400_000, threading.Event(), [0.0]
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not ended.wait(0.001):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    begin = time.perf_counter()
+    ids = tokenizer.encode(text)
+    seconds = time.perf_counter() - begin
+    ended.set()
+    ticking.join()
+    assert ids[:4] == [0, 1, 0, 1]
+    assert len(ids) == len(text)
+    assert max(gaps) < 0.5 * seconds, f"stood still for {max(gaps):.2f} of {seconds:.2f} s"

@@ -16,16 +16,18 @@ from protos.neo.v1 import inference_pb2 as inference
 from tests.support.load import assert_idle_and_whole
 from tests.support.stack import Stack, running_stack, stack_model
 
+GPU_BLOCKS = 64
 LONG = 900
 """Tokens of a request that is still running when the next ones have come."""
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """One request at a time, and two that may wait."""
+    """One request at a time, two that may wait, and a GPU tier smaller than the host tier."""
     model = stack_model(tmp_path_factory.mktemp("model"))
     folder = tmp_path_factory.mktemp("stack")
-    with running_stack(folder, model, max_running_requests=1, max_waiting_requests=2) as running:
+    settings = {"max_running_requests": 1, "max_waiting_requests": 2, "gpu_kv_blocks": GPU_BLOCKS}
+    with running_stack(folder, model, **settings) as running:
         yield running
 
 
@@ -78,6 +80,24 @@ async def test_a_full_queue_says_when_to_come_back(stack: Stack) -> None:
         # The others come to their turn all the same.
         for answer in await asyncio.gather(*waiting):
             assert answer.usage.completion_tokens == 4
+    await assert_idle_and_whole(stack.gpu.address)
+
+
+async def test_what_never_fits_is_refused_at_once(stack: Stack) -> None:
+    """More than the one tier it may use holds, though not more than the other one."""
+    gpu_only = request(16 * GPU_BLOCKS, placement=types_pb2.PLACEMENT_GPU_ONLY)
+    async with client(stack) as stub:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Generate(gpu_only, timeout=60)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert ErrorDetails(caught.value).reason == "NEVER_FITS"
+        assert ErrorDetails(caught.value).fields == ["sampling.max_tokens"]
+        preferring = request(16 * GPU_BLOCKS, placement=types_pb2.PLACEMENT_CPU_PREFERRED)
+        call = stub.GenerateStream(preferring, timeout=60)
+        async for message in call:
+            if message.deltas:
+                break
+        call.cancel()
     await assert_idle_and_whole(stack.gpu.address)
 
 

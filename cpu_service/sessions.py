@@ -166,10 +166,14 @@ class SessionTable:
                 )
             assert session.pool is not None
             return GrpcEpoch(session.spec, session.number, session.pool, self._plan)
-        except OSError as error:
+        except Exception as error:
+            # No lease runs yet that would end the session.
             self._forget(session)
+            if not isinstance(error, OSError | MemoryError | RuntimeError):
+                raise
+            # RuntimeError: the system starts no more threads.
             raise ServiceError(
-                Reason.OUT_OF_HOST_MEMORY, f"step memory cannot be allocated: {error.strerror}"
+                Reason.OUT_OF_HOST_MEMORY, f"step memory or threads cannot be had: {error}"
             ) from error
 
     async def _stop_epoch(self, session: Session) -> None:

@@ -175,6 +175,29 @@ async def test_abort_ends_the_stream(inference: Any, service: Service) -> None:
     await assert_idle_and_whole(service.address)
 
 
+async def test_a_slow_reader_holds_up_nobody(inference: Any, service: Service) -> None:
+    """Its request runs to its end, and what it has not taken comes in fewer, larger messages:
+    nothing lost, nothing twice."""
+    settings = {"n": 8, "temperature": 1.0, "seed": 5, "logprobs": 20, "max_tokens": 100}
+    whole = await inference.Generate(request(**settings))
+    # A window of 64 KiB, where gRPC would let it grow to megabytes.
+    options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536))
+    async with grpc.aio.insecure_channel(service.address, options=options) as narrow:
+        slow: Any = inference_pb2_grpc.InferenceServiceStub(narrow)
+        stream = slow.GenerateStream(request(**settings))
+        messages = [await stream.read()]
+        assert len((await inference.Generate(request())).choices[0].token_ids) == 12
+        await assert_idle_and_whole(service.address)
+        while (message := await stream.read()) is not grpc.aio.EOF:
+            messages.append(message)
+    for choice in whole.choices:
+        deltas = [d for m in messages for d in m.deltas if d.index == choice.index]
+        assert [t for d in deltas for t in d.token_ids] == list(choice.token_ids)
+        assert [p for d in deltas for p in d.logprobs] == list(choice.logprobs)
+        assert "".join(d.text for d in deltas) == choice.text
+    assert max(len(d.token_ids) for m in messages for d in m.deltas) > 1, "nothing was merged"
+
+
 async def test_refused_requests_hurt_nobody(inference: Any) -> None:
     """Each names its field; the engine goes on."""
     bad = {

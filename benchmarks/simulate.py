@@ -1,0 +1,103 @@
+"""Throughput and latency of the engine on a machine that is only a profile: no GPU, no weights.
+
+    python -m benchmarks.simulate --profile h100-16c.json --model llama3-8b --gpu-kv-blocks 1650 \
+        --workload 1000x200 --requests 300
+
+Runs the engine's own loop and scheduler (`gpu_service.engine.core`) with a fake clock; a sweep
+takes what `benchmarks.simulator.machine` says. One line a workload. docs/scheduling.md has more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine import model_folder
+from benchmarks.simulator.figures import figures
+from benchmarks.simulator.machine import Machine
+from benchmarks.simulator.profile import read_profile
+from benchmarks.simulator.run import poisson, simulate
+from benchmarks.workloads import read_workload
+from gpu_service.model.spec import read_spec
+from gpu_service.pipeline.cuda.shapes import shape_table
+from gpu_service.scheduling.limits import OFFLOAD_POLICIES, SchedulerLimits
+
+
+def open_machine(args: argparse.Namespace) -> Machine:
+    """The profile, for the model that was asked for."""
+    profile = read_profile(args.profile)
+    with model_folder(profile.model) as folder:
+        measured = read_spec(folder)
+    with model_folder(args.model) as folder:
+        spec = read_spec(folder)
+    max_running = min(args.max_running_requests, args.max_batch_tokens)
+    table = shape_table(max_running, args.max_batch_tokens)
+    return Machine(profile, measured, spec, table, args.host_kv_dtype == "int8")
+
+
+def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
+    """As `gpu_service.engine.build` makes them."""
+    largest = max(args.gpu_kv_blocks, args.host_kv_blocks) * args.block_tokens
+    return SchedulerLimits(
+        gpu_blocks=args.gpu_kv_blocks,
+        host_blocks=args.host_kv_blocks,
+        block_tokens=args.block_tokens,
+        max_context_tokens=min(machine.spec.max_context_tokens, largest),
+        max_batch_tokens=args.max_batch_tokens,
+        max_running=args.max_running_requests,
+        max_waiting_requests=1 << 20,
+        offload=args.offload,
+    )
+
+
+def run(args: argparse.Namespace, workload: str) -> dict[str, Any]:
+    """Figures of one workload."""
+    machine = open_machine(args)
+    lengths = read_workload(workload, args.requests, args.seed)
+    arrivals = [0.0] * len(lengths)
+    if args.arrivals == "poisson":
+        arrivals = poisson(len(lengths), args.rate, args.seed)
+    began = time.perf_counter()
+    found = figures(simulate(machine, limits_of(args, machine), lengths, arrivals))
+    return {**found, "seconds_to_simulate": round(time.perf_counter() - began, 2)}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--profile", default="h100-16c.json", help="of benchmarks/profiles, or a path")
+    made.add_argument("--model", default="llama3-8b", help="of benchmarks/models, or a path")
+    made.add_argument("--gpu-kv-blocks", type=int, required=True)
+    made.add_argument("--host-kv-blocks", type=int, default=0)
+    made.add_argument("--host-kv-dtype", choices=("auto", "int8"), default="auto")
+    made.add_argument("--offload", choices=OFFLOAD_POLICIES, default="auto")
+    made.add_argument("--block-tokens", type=int, default=16)
+    made.add_argument("--max-batch-tokens", type=int, default=8192)
+    made.add_argument("--max-running-requests", type=int, default=256)
+    made.add_argument("--workload", action="append", help="INxOUT or lengths; repeatable")
+    made.add_argument("--requests", type=int, default=300)
+    made.add_argument("--arrivals", choices=("at-once", "poisson"), default="at-once")
+    made.add_argument("--rate", type=float, default=1.0, help="requests a second (poisson)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--json", type=Path, help="write all figures here")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    found = {}
+    for name in args.workload or ["1000x200"]:
+        found[name] = run(args, name)
+        print(f"{args.model} {name}: {json.dumps(found[name])}", flush=True)
+    if args.json:
+        options = {k: str(v) for k, v in vars(args).items()}
+        args.json.write_text(json.dumps({"options": options, "figures": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

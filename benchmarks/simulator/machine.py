@@ -1,0 +1,181 @@
+"""The model of a machine: how long a planned sweep takes.
+
+    gpu_only     one captured sweep: gaps + head + layers * (dense + small + prefill attention
+                 + decode attention)
+    inline       launched layer by layer, each of which waits for its host rows:
+                 layers * max(launch, dense + small + max(GPU attention, host attention))
+    migrations   before the sweep, over the link
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.simulator.profile import Profile
+from gpu_service.pipeline.cuda.inputs import SweepShape
+from gpu_service.pipeline.cuda.shapes import ShapeTable
+from gpu_service.scheduling.costs import SweepCosts
+from gpu_service.scheduling.plan import IterationPlan, Mode, PrefillRow, SubBatch, Tier
+from neo_common.model_spec import ModelSpec
+
+GPU_ONLY = "gpu_only"
+_ELEMENT_BYTES = 2
+_SCALE_BYTES = 4
+"""int8 KV: a scale for each token and head of K and of V."""
+
+
+@dataclass(frozen=True)
+class SweepTime:
+    """Milliseconds of one sweep."""
+
+    mode: str
+    """"gpu_only", or that of a plan that the host tier takes part in."""
+    total: float
+    gpu: float
+    """The GPU computes or copies."""
+    cpu: float = 0.0
+    """The cpu_service computes."""
+
+    @property
+    def overlaps(self) -> bool:
+        """The engine launches it and goes on, as its runner does."""
+        return self.mode == GPU_ONLY
+
+
+class Machine:
+    """A profile for one model. Sliding windows are not modelled: the whole context is read."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        measured: ModelSpec,
+        spec: ModelSpec,
+        table: ShapeTable,
+        host_kv_int8: bool = False,
+    ) -> None:
+        """`measured`: the profile's model. `table`: padded sizes of captured sweeps."""
+        self.profile, self.spec, self.table = profile, spec, table
+        self._kv_bytes = spec.kv_bytes_per_token(_ELEMENT_BYTES)
+        self._host_kv_bytes = self._kv_bytes
+        if host_kv_int8:
+            scales = 2 * spec.layers * spec.kv_heads * _SCALE_BYTES
+            self._host_kv_bytes = spec.kv_bytes_per_token(1) + scales
+        cpu = profile.cpu
+        share = cpu.attention_share_int8 if host_kv_int8 else cpu.attention_share
+        self._cpu_gbps = cpu.read_gbps.value * share.value
+        self._dense = _weights(spec) / _weights(measured)
+        self._small = spec.layers * spec.hidden_size / (measured.layers * measured.hidden_size)
+        head, measured_head = (s.vocab_size * s.hidden_size for s in (spec, measured))
+        self._head = head / measured_head
+        self._gaps = spec.layers / measured.layers
+
+    def sweep(self, plan: IterationPlan) -> SweepTime:
+        """Of a plan that is not empty, from the device's start with it to its end."""
+        assert plan.mode is Mode.INLINE
+        moved = self._migrations_ms(plan)
+        if not plan.batches:
+            return SweepTime(plan.mode.value, moved, moved)
+        (batch,) = plan.batches
+        on_host = any(chunk.tier is Tier.HOST for chunk in batch.prefill)
+        if not plan.migrations and not batch.host_decode and not on_host:
+            ms = self._captured_ms(batch)
+            return SweepTime(GPU_ONLY, ms, ms)
+        gpu, cpu, total = self._inline(batch)
+        return SweepTime(plan.mode.value, moved + total, moved + gpu, cpu)
+
+    def host_ms(self, plan: IterationPlan) -> float:
+        """What the engine's thread computes for one iteration."""
+        sequences = sum(
+            len(b.prefill) + len(b.gpu_decode) + len(b.host_decode) for b in plan.batches
+        )
+        return self.profile.host.iteration_ms.at(sequences)
+
+    def start_costs(self) -> SweepCosts:
+        """What the engine would time at its start: every padded size, on padding."""
+        table = self.table
+        decode = {rows: self._padded_ms(SweepShape(rows, 0, 0)) for rows in table.decode}
+        mixed = {
+            rows: self._padded_ms(SweepShape(0, rows, table.chunks))
+            for rows in (*table.totals, *table.eager)
+        }
+        context_ms = 1e-6 * self._kv_bytes / self.profile.gpu.decode_attention_gbps.value
+        return SweepCosts(decode, mixed, context_ms, table.beside_chunks)
+
+    # -- parts, milliseconds -----------------------------------------------------------------
+
+    def _captured_ms(self, batch: SubBatch) -> float:
+        padded = self._padded_ms(self.table.shape_for(batch))
+        return padded + self._decode_ms(batch) + self._prefill_ms(batch.prefill)
+
+    def _padded_ms(self, shape: SweepShape) -> float:
+        """Without attention."""
+        gaps = self._gaps * self.profile.gpu.gaps_ms.value
+        return gaps + self._dense_ms(shape.rows) + self._head_ms(shape.sequences)
+
+    def _dense_ms(self, rows: int) -> float:
+        gpu = self.profile.gpu
+        return self._dense * gpu.dense_ms.at(rows) + self._small * gpu.small_ms.at(rows)
+
+    def _head_ms(self, sequences: int) -> float:
+        return self._head * self.profile.gpu.head_ms.at(sequences)
+
+    def _decode_ms(self, batch: SubBatch) -> float:
+        gpu, context = self.profile.gpu, sum(row.length for row in batch.gpu_decode)
+        if not context:
+            return 0.0
+        read = 1e-6 * context * self._kv_bytes / gpu.decode_attention_gbps.value
+        return read + 1e-3 * self.spec.layers * gpu.decode_attention_layer_us.value
+
+    def _prefill_ms(self, chunks: tuple[PrefillRow, ...]) -> float:
+        if not chunks:
+            return 0.0
+        gpu, spec = self.profile.gpu, self.spec
+        pairs = sum(_pairs(chunk.start, len(chunk.token_ids)) for chunk in chunks)
+        operations = 4 * spec.layers * spec.query_heads * spec.head_dim * pairs
+        compute = 1e-9 * operations / gpu.prefill_attention_tflops.value
+        return compute + 1e-3 * spec.layers * gpu.prefill_attention_layer_us.value
+
+    def _migrations_ms(self, plan: IterationPlan) -> float:
+        link, tokens = self.profile.link, sum(m.tokens for m in plan.migrations)
+        copies = 1e-3 * len(plan.migrations) * link.copy_us.value
+        return copies + self._link_ms(tokens * self._host_kv_bytes)
+
+    def _link_ms(self, size: int) -> float:
+        return 1e-6 * size / self.profile.link.gbps.value
+
+    # -- modes -------------------------------------------------------------------------------
+
+    def _inline(self, batch: SubBatch) -> tuple[float, float, float]:
+        """GPU, CPU, and all from begin to end."""
+        layers, spec, link = self.spec.layers, self.spec, self.profile.link
+        sequences = len(batch.prefill) + len(batch.gpu_decode) + len(batch.host_decode)
+        head = self._head_ms(sequences)
+        gpu = self._decode_ms(batch) + self._prefill_ms(batch.prefill)
+        chunks = [chunk for chunk in batch.prefill if chunk.tier is Tier.HOST]
+        stored = sum(len(chunk.token_ids) for chunk in chunks)
+        read_back = sum(chunk.start for chunk in chunks)
+        gpu += self._link_ms((stored + read_back) * self._host_kv_bytes)
+        cpu = exchange = 0.0
+        if batch.host_decode:
+            context = sum(row.length for row in batch.host_decode)
+            cpu = 1e-6 * context * self._host_kv_bytes / self._cpu_gbps
+            # q and o have query_heads, k and v kv_heads; four copies a layer.
+            heads = 2 * (spec.query_heads + spec.kv_heads)
+            size = len(batch.host_decode) * heads * spec.head_dim * _ELEMENT_BYTES
+            delay_us = link.doorbell_us.value + 4 * link.copy_us.value
+            exchange = layers * (1e-3 * delay_us + self._link_ms(size))
+        dense = self._dense_ms(batch.tokens)
+        device = dense + max(gpu, cpu + exchange)
+        launches = 1e-3 * layers * self.profile.host.launched_singly_layer_us.value
+        return head + dense + gpu, cpu, head + max(launches, device)
+
+
+def _weights(spec: ModelSpec) -> int:
+    """Parameters of all layers' matrices."""
+    attention = 2 * (spec.query_heads + spec.kv_heads) * spec.head_dim
+    return spec.layers * spec.hidden_size * (attention + 3 * spec.intermediate_size)
+
+
+def _pairs(start: int, tokens: int) -> int:
+    """Queries times keys of a chunk behind `start` tokens, causally masked."""
+    return tokens * start + tokens * (tokens + 1) // 2

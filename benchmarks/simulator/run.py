@@ -1,0 +1,188 @@
+"""Drives the engine's own loop by a fake clock.
+
+    engine's thread   | decide n+1 |wait        | account n | decide n+2 | ...
+    device            |=== sweep n ============|=== sweep n+1 ===========|
+
+`EngineCore` and all that it calls are the real ones; its runner and its clock are not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.simulator.machine import Machine, SweepTime
+from benchmarks.workloads import Lengths
+from gpu_service.engine.core import EngineCore
+from gpu_service.engine.messages import Output, SamplingSpec, Submit
+from gpu_service.model.sampling import SamplingRow
+from gpu_service.offload.host_tier import HostTierState
+from gpu_service.offload.null_tier import NullHostTier
+from gpu_service.pipeline.launch import LaunchedSweep
+from gpu_service.scheduling.limits import SchedulerLimits
+from gpu_service.scheduling.plan import IterationPlan, SampledToken, SweepResult
+from gpu_service.scheduling.scheduler import Scheduler
+
+_TOKEN = SampledToken(0)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One iteration. Times in seconds since the start."""
+
+    begin: float
+    end: float
+    time: SweepTime
+    rows: int
+    decode_rows: int
+
+
+@dataclass
+class Life:
+    """When things happened to one request; seconds since the start."""
+
+    arrival: float
+    tokens: list[float] = field(default_factory=list)
+    """When each token came."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that a run has shown."""
+
+    sweeps: list[Sweep]
+    lives: list[Life]
+    seconds: float
+    host_tokens: int
+    recomputations: int
+    migrations: int
+
+
+def simulate(
+    machine: Machine, limits: SchedulerLimits, lengths: Sequence[Lengths], arrivals: Sequence[float]
+) -> Trace:
+    """Serve requests of these lengths, which come at `arrivals` (seconds, ascending).
+
+    ValueError if one of them can never be served."""
+    runner = SimulatedRunner(machine)
+    scheduler = Scheduler(limits, machine.start_costs())
+    host = HealthyHostTier(limits.host_blocks)
+    core = EngineCore(scheduler, runner, host, machine.spec.vocab_size, clock=runner.clock)
+    lives = [Life(arrival) for arrival in arrivals]
+    submitted = host_tokens = 0
+    while submitted < len(lives) or scheduler.live_requests:
+        if not scheduler.live_requests:
+            runner.now = max(runner.now, arrivals[submitted])
+        while submitted < len(lives) and arrivals[submitted] <= runner.now:
+            core.handle(_submit(submitted, lengths[submitted], arrivals[submitted]))
+            submitted += 1
+        output = core.step()
+        assert core.made_progress or not scheduler.live_requests, "nothing can run"
+        if output is not None:
+            host_tokens += _hear(output, lives, runner.now)
+    return Trace(
+        sweeps=runner.sweeps,
+        lives=lives,
+        seconds=runner.now,
+        host_tokens=host_tokens,
+        recomputations=scheduler.state.recomputations,
+        migrations=sum(scheduler.state.migrations.values()),
+    )
+
+
+def poisson(count: int, rate: float, seed: int) -> list[float]:
+    """Arrival times of `count` requests at `rate` a second."""
+    draw = random.Random(seed)
+    times, now = [], 0.0
+    for _ in range(count):
+        now += draw.expovariate(rate)
+        times.append(now)
+    return times
+
+
+def _submit(number: int, lengths: Lengths, arrival: float) -> Submit:
+    return Submit(
+        request_id=str(number),
+        prompt_token_ids=[0] * lengths.prompt,
+        sampling=SamplingSpec(temperature=0, max_tokens=lengths.output, ignore_eos=True),
+        arrival=arrival,
+    )
+
+
+def _hear(output: Output, lives: list[Life], now: float) -> int:
+    """Returns the tokens that ended requests had from the host tier."""
+    if output.refusals:
+        raise ValueError(output.refusals[0].message)
+    for delta in output.deltas:
+        lives[int(delta.request_id)].tokens.append(now)
+    return sum(usage.host_tokens for usage in output.usages)
+
+
+class HealthyHostTier(NullHostTier):
+    """There, and never asked to compute: the simulated runner stands for that."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.state = HostTierState.UP if blocks else HostTierState.OFF
+
+
+class SimulatedRunner:
+    """A `Runner` with a clock instead of a device."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.now = 0.0
+        """The time of the engine's thread, seconds."""
+        self.sweeps: list[Sweep] = []
+        self._machine = machine
+        self._device_free = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def launch(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> LaunchedSweep:
+        """See `Runner.launch`. Half of the thread's work comes before a sweep, half after it."""
+        work = 0.5e-3 * self._machine.host_ms(plan)
+        self.now += work
+        time = self._machine.sweep(plan)
+        begin = max(self.now, self._device_free)
+        self._device_free = begin + 1e-3 * time.total
+        sweep = Sweep(
+            begin=begin,
+            end=self._device_free,
+            time=time,
+            rows=sum(batch.tokens for batch in plan.batches),
+            decode_rows=sum(len(b.gpu_decode) + len(b.host_decode) for b in plan.batches),
+        )
+        self.sweeps.append(sweep)
+        if not time.overlaps:
+            self.wait(sweep)
+        return SimulatedSweep(self, plan, sweep, work)
+
+    def wait(self, sweep: Sweep) -> None:
+        self.now = max(self.now, sweep.end)
+
+
+class SimulatedSweep:
+    """Ends when the clock says so."""
+
+    def __init__(
+        self, runner: SimulatedRunner, plan: IterationPlan, sweep: Sweep, work: float
+    ) -> None:
+        self._runner, self._plan, self._sweep, self._work = runner, plan, sweep, work
+
+    @property
+    def is_done(self) -> bool:
+        return not self._sweep.time.overlaps
+
+    def result(self) -> SweepResult:
+        """Every row gets its token; none of them ends a request."""
+        self._runner.wait(self._sweep)
+        self._runner.now += self._work
+        keys = [key for batch in self._plan.batches for key in batch.sampled_keys]
+        time = self._sweep.time
+        return SweepResult(
+            tokens=dict.fromkeys(keys, _TOKEN),
+            # Sweeps with host rows are not timed by their runner.
+            device_seconds=1e-3 * time.total if time.overlaps else 0.0,
+        )

@@ -12,10 +12,12 @@ import argparse
 import ctypes
 import json
 import mmap
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from kernels import cpu
 from kernels.cpu import DType, KvLayout, KvPool, ThreadPool
 
 BLOCK_TOKENS = 16
+NAMES = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.INT8: "int8"}
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,20 @@ class Case:
 class Figures:
     case: str
     dtype: str
+    isa: str
     rows: int
     context: int
     threads: int
     mib: float
     read_gbs: float
-    """Best of the repeats; `_median` beside it."""
-    read_gbs_median: float
+    """Best of the repeats, as all but `_median`s: all of the memory from front to back."""
+    pattern_gbs: float
+    """The same memory in the attention's order: random blocks, one head of each after another."""
     ours_gbs: float
-    ours_gbs_median: float
     of_read: float
     """ours_gbs / read_gbs."""
     of_read_median: float
+    of_pattern: float
     us: float
     sdpa_us: float | None
     """torch scaled_dot_product_attention on the same KV, gathered; None for int8."""
@@ -64,17 +69,17 @@ class Figures:
 
 def cases() -> list[Case]:
     bf16, fp16, int8 = DType.BFLOAT16, DType.FLOAT16, DType.INT8
-    llama = [
-        Case(f"Llama-3-8B {dtype.name.lower()}", 32, 8, 128, dtype, context)
-        for dtype, context in ((bf16, 500), (bf16, 1000), (bf16, 4000), (fp16, 1000), (int8, 1000))
-    ]
+
+    def heads(name: str, query: int, kv: int, dim: int, dtype: DType, context: int) -> Case:
+        return Case(f"{name} {NAMES[dtype]}", query, kv, dim, dtype, context)
+
     return [
-        *llama,
-        Case("MHA bfloat16", 32, 32, 128, bf16, 1000),
-        Case("MHA int8", 32, 32, 128, int8, 1000),
-        Case("SmolLM2 bfloat16", 9, 3, 64, bf16, 1000),
-        Case("Llama-3-70B bfloat16", 64, 8, 128, bf16, 1000),
-        Case("one of 128k bfloat16", 32, 8, 128, bf16, 131072, rows=1),
+        *(heads("Llama-3-8B", 32, 8, 128, bf16, context) for context in (500, 1000, 4000)),
+        *(heads("Llama-3-8B", 32, 8, 128, dtype, 1000) for dtype in (fp16, int8)),
+        *(heads("MHA", 32, 32, 128, dtype, 1000) for dtype in (bf16, int8)),
+        heads("SmolLM2", 9, 3, 64, bf16, 1000),
+        *(heads("Llama-3-70B", 64, 8, 128, dtype, 1000) for dtype in (bf16, int8)),
+        Case("one of 128k bf16", 32, 8, 128, bf16, 131072, rows=1),
     ]
 
 
@@ -142,29 +147,46 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, size_bytes: int, threads: ThreadPool, repeats: int) -> Figures:
+def gbs(size_bytes: int, times: list[float]) -> float:
+    return size_bytes / min(times) / 1e9
+
+
+def measure(
+    case: Case, size_bytes: int, pools: dict[str, ThreadPool], repeats: int, sdpa: bool
+) -> list[Figures]:
+    """Figures of each instruction set; reads and calls take turns."""
+    threads = next(iter(pools.values()))
     setup = Setup(case, size_bytes, threads)
-    setup.attend(threads)
-    reads, ours = [], []
+    order = setup.tables.reshape(-1)
+    reads: list[float] = []
+    pattern: list[float] = []
+    ours: dict[str, list[float]] = {isa: [] for isa in pools}
     for _ in range(repeats):
         reads.append(seconds(lambda: cpu.read_all(setup.place, setup.bytes, threads)))
-        ours.append(seconds(lambda: setup.attend(threads)))
-    sdpa = None
-    if case.dtype is not DType.INT8:
+        pattern.append(seconds(lambda: cpu.read_regions(setup.place, setup.layout, order, threads)))
+        for isa, pool in pools.items():
+            ours[isa].append(seconds(partial(setup.attend, pool)))
+    sdpa_s = None
+    if sdpa and case.dtype is not DType.INT8:
         call = setup.sdpa()
         call()
-        sdpa = min(seconds(call) for _ in range(3))
-    read, read_median = (setup.bytes / f(reads) / 1e9 for f in (min, statistics.median))
-    best, best_median = (setup.kv_bytes / f(ours) / 1e9 for f in (min, statistics.median))
-    return Figures(
-        case=case.name, dtype=case.dtype.name.lower(), rows=setup.rows, context=case.context,
-        threads=threads.size, mib=round(setup.bytes / 2**20, 1),
-        read_gbs=round(read, 1), read_gbs_median=round(read_median, 1),
-        ours_gbs=round(best, 1), ours_gbs_median=round(best_median, 1),
-        of_read=round(best / read, 3), of_read_median=round(best_median / read_median, 3),
-        us=round(min(ours) * 1e6, 1), sdpa_us=sdpa and round(sdpa * 1e6, 1),
-        vs_sdpa=sdpa and round(sdpa / min(ours), 2),
-    )  # fmt: skip
+        sdpa_s = min(seconds(call) for _ in range(3))
+    read, read_median = gbs(setup.bytes, reads), setup.bytes / statistics.median(reads) / 1e9
+    figures = []
+    for isa, times in ours.items():
+        best = gbs(setup.kv_bytes, times)
+        median = setup.kv_bytes / statistics.median(times) / 1e9
+        figures.append(Figures(
+            case=case.name, dtype=NAMES[case.dtype], isa=isa, rows=setup.rows,
+            context=case.context, threads=threads.size, mib=round(setup.bytes / 2**20, 1),
+            read_gbs=round(read, 1), pattern_gbs=round(gbs(setup.bytes, pattern), 1),
+            ours_gbs=round(best, 1), of_read=round(best / read, 3),
+            of_read_median=round(median / read_median, 3),
+            of_pattern=round(best / gbs(setup.bytes, pattern), 3),
+            us=round(min(times) * 1e6, 1), sdpa_us=sdpa_s and round(sdpa_s * 1e6, 1),
+            vs_sdpa=sdpa_s and round(sdpa_s / min(times), 2),
+        ))  # fmt: skip
+    return figures
 
 
 def call_overhead_us(threads: ThreadPool) -> dict[str, float]:
@@ -187,14 +209,16 @@ def call_overhead_us(threads: ThreadPool) -> dict[str, float]:
 
 def table(figures: list[Figures]) -> str:
     lines = [
-        f"{'case':24} {'rows':>5} {'ctx':>7} {'thr':>3} {'MiB':>6} {'read':>6} {'ours':>6} "
-        f"{'of read':>8} {'(median)':>8} {'us':>9} {'x SDPA':>6}"
+        f"{'case':18} {'isa':10} {'rows':>4} {'ctx':>6} {'thr':>3} {'MiB':>4} {'read':>6} "
+        f"{'pattern':>7} {'ours':>6} {'of read':>7} {'median':>6} {'of pat.':>7} {'us':>7} "
+        f"{'x SDPA':>6}"
     ]
     for f in figures:
         ratio = "" if f.vs_sdpa is None else f"{f.vs_sdpa:.1f}"
         lines.append(
-            f"{f.case:24} {f.rows:5} {f.context:7} {f.threads:3} {f.mib:6.0f} {f.read_gbs:6.1f} "
-            f"{f.ours_gbs:6.1f} {f.of_read:8.0%} {f.of_read_median:8.0%} {f.us:9.0f} {ratio:>6}"
+            f"{f.case:18} {f.isa:10} {f.rows:4} {f.context:6} {f.threads:3} {f.mib:4.0f} "
+            f"{f.read_gbs:6.1f} {f.pattern_gbs:7.1f} {f.ours_gbs:6.1f} {f.of_read:7.0%} "
+            f"{f.of_read_median:6.0%} {f.of_pattern:7.0%} {f.us:7.0f} {ratio:>6}"
         )
     return "\n".join(lines)
 
@@ -207,7 +231,7 @@ def plot(figures: list[Figures], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = [f"{f.case}\n{f.context} x {f.rows}, {f.threads} thr" for f in figures]
+    labels = [f"{f.case}, {f.isa}\n{f.rows} x {f.context}, {f.threads} threads" for f in figures]
     axes = pyplot.subplots(figsize=(8, 0.5 * len(figures) + 1.5), layout="constrained")[1]
     axes.barh(labels, [f.read_gbs for f in figures], color="lightgray", label="plain read")
     axes.barh(labels, [f.ours_gbs for f in figures], height=0.5, label="decode attention")
@@ -217,39 +241,60 @@ def plot(figures: list[Figures], path: Path) -> None:
     pyplot.savefig(path, dpi=120)
 
 
-def main() -> None:
+def thread_pools(count: int, pin: bool, isas: list[str]) -> dict[str, ThreadPool]:
+    cpus = cpu.default_cpus()[-count:] if pin else ()
+    pools = {}
+    for isa in isas:
+        os.environ["NEO_CPU_ISA"] = isa
+        pools[cpu.isa()] = ThreadPool(count, cpus)
+    return pools
+
+
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, nargs="+", default=[cpu.default_threads()])
     parser.add_argument("--pin", action="store_true", help="pin threads to the default CPUs")
+    parser.add_argument(
+        "--isas", nargs="+", default=[os.environ.get("NEO_CPU_ISA", "")],
+        help="instruction sets to compare (default: the one that is chosen)",
+    )  # fmt: skip
     parser.add_argument("--mib", type=int, default=256, help="KV of each case (default 256)")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--no-sdpa", action="store_true", help="leave torch's attention out")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = options()
     figures: list[Figures] = []
     overhead: dict[str, dict[str, float]] = {}
-    for count in options.threads:
+    for count in chosen.threads:
         torch.set_num_threads(count)
-        cpus = cpu.default_cpus()[-count:] if options.pin else ()
-        with ThreadPool(count, cpus) as threads:
-            overhead[str(count)] = call_overhead_us(threads)
-            for case in cases():
-                if options.only in case.name:
-                    figures.append(measure(case, options.mib << 20, threads, options.repeats))
-                    print(table(figures[-1:]).split("\n")[1], flush=True)
+        pools = thread_pools(count, chosen.pin, chosen.isas)
+        for isa, threads in pools.items():
+            overhead[f"{count} threads, {isa}"] = call_overhead_us(threads)
+        for case in cases():
+            if chosen.only in case.name:
+                size, sdpa = chosen.mib << 20, not chosen.no_sdpa
+                found = measure(case, size, pools, chosen.repeats, sdpa)
+                print("\n".join(table(found).split("\n")[1:]), flush=True)
+                figures += found
+        for threads in pools.values():
+            threads.close()
     print(f"\n{table(figures)}\n\nper call, 1 x 16 tokens, us: {json.dumps(overhead)}")
-    print(f"instruction set: {cpu.isa()}; {json.dumps(fingerprint())}")
-    if options.json:
+    print(json.dumps(fingerprint()))
+    if chosen.json:
         result = {
             "machine": fingerprint(),
-            "isa": cpu.isa(),
             "figures": [asdict(f) for f in figures],
             "overhead_us": overhead,
         }
-        options.json.write_text(json.dumps(result, indent=1))
-    if options.plot:
-        plot(figures, options.plot)
+        chosen.json.write_text(json.dumps(result, indent=1))
+    if chosen.plot:
+        plot(figures, chosen.plot)
 
 
 if __name__ == "__main__":

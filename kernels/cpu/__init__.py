@@ -76,6 +76,21 @@ def read_all(place: int, size_bytes: int, threads: ThreadPool) -> int:
     return int(_neo_cpu.read_all(threads.native, place, size_bytes))
 
 
+def read_regions(place: int, layout: KvLayout, blocks: Any, threads: ThreadPool) -> int:
+    """Like `read_all`, but of a pool's blocks in the order and the units that the attention reads
+    them in. blocks: `[count]` int32, ids within the memory at `place`."""
+    return int(
+        _neo_cpu.read_regions(
+            threads.native,
+            place,
+            layout.piece_bytes // layout.kv_heads,
+            layout.kv_heads,
+            address("blocks", blocks, (len(blocks),), "int32"),
+            len(blocks),
+        )
+    )
+
+
 @dataclass(frozen=True)
 class KvLayout:
     """What fixes the bytes of a piece: the K and V of one block of one layer, contiguous."""

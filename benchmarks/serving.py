@@ -18,86 +18,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
 
-from protos.neo.v1 import inference_pb2 as inference
-from protos.neo.v1 import inference_pb2_grpc, types_pb2
-
-START_SECONDS = 300.0
+from benchmarks.stack import one_stream, stack
+from protos.neo.v1 import inference_pb2_grpc
 
 
 def prompts(count: int, tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
     """Random prompts, so that no prefix is shared."""
     draw = random.Random(seed)
     return [[draw.randrange(1000, vocab_size - 1000) for _ in range(tokens)] for _ in range(count)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def stack(args: argparse.Namespace, offload: str) -> Iterator[str]:
-    """`neo serve` as a user would start it; yields the router's address."""
-    address = f"127.0.0.1:{free_port()}"
-    command = [sys.executable, "-m", "neo_client.cli", "serve", "--model", args.model]
-    command += ["--listen", address, "--offload", offload, "--dtype", args.dtype, *args.serve_flag]
-    log_path = Path(tempfile.gettempdir()) / f"neo-serving-{os.getpid()}-{offload}.log"
-    with log_path.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            wait_ready(address, process, log_path)
-            yield address
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(timeout=60)
-
-
-def wait_ready(address: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
-    with grpc.insecure_channel(address) as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise SystemExit(
-                    f"neo serve ended with {process.returncode}:\n{log_path.read_text()}"
-                )
-            try:
-                stub.GetModel(inference.GetModelRequest(), timeout=2, wait_for_ready=True)
-                return
-            except grpc.RpcError:
-                continue
-    raise SystemExit(f"neo serve was not ready in {START_SECONDS:.0f} s:\n{log_path.read_text()}")
-
-
-async def one_stream(
-    stub: inference_pb2_grpc.InferenceServiceStub, prompt: list[int], output: int
-) -> tuple[int, int]:
-    """Returns (tokens, tokens decoded on the host tier)."""
-    request = inference.GenerateRequest(
-        token_ids=types_pb2.TokenIds(ids=prompt),
-        sampling=types_pb2.SamplingParams(temperature=0, max_tokens=output, ignore_eos=True),
-    )
-    tokens, host = 0, 0
-    async for message in stub.GenerateStream(request):
-        tokens += sum(len(delta.token_ids) for delta in message.deltas)
-        host = message.usage.host_tokens or host
-    return tokens, host
 
 
 async def drive(address: str, batch: list[list[int]], output: int) -> dict[str, float]:
@@ -117,7 +54,8 @@ async def drive(address: str, batch: list[list[int]], output: int) -> dict[str, 
 
 def run_stack(args: argparse.Namespace, offload: str, seed: int) -> dict[int, dict[str, float]]:
     figures = {}
-    with stack(args, offload) as address:
+    flags = ["--offload", offload, "--dtype", args.dtype, *args.serve_flag]
+    with stack(args.model, flags) as address:
         asyncio.run(
             drive(address, prompts(2, args.prompt_tokens, args.vocab, seed + 99), 8)
         )  # warm up

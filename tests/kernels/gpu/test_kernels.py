@@ -55,6 +55,17 @@ def call(inputs: DecodeInputs, out: torch.Tensor) -> None:
     attention(inputs.q, inputs.cache[0], inputs.tables, inputs.lengths, out, scale=1.0)
 
 
+def test_a_second_launch_gives_the_same_bits() -> None:
+    """Splits are merged by whoever ends last, in their order."""
+    inputs = decode_inputs(CASES["group-16"], DEVICE)
+    attention = DecodeAttention(inputs.layout, 16, 1, 5, DEVICE)
+    first, second = torch.zeros_like(inputs.q), torch.zeros_like(inputs.q)
+    for out in (first, second):
+        attention(inputs.q, inputs.cache[0], inputs.tables, inputs.lengths, out, scale=1.0)
+    assert first.abs().sum() > 0
+    assert torch.equal(first, second)
+
+
 def test_a_nan_in_use_is_not_hidden() -> None:
     inputs = decode_inputs(CASES["smollm2"], DEVICE)
     inputs.cache[0, inputs.tables[3, 0], 0, 0, 0, 0] = float("nan")

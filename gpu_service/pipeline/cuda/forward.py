@@ -102,6 +102,8 @@ class Forward:
             if size
         }
         self._prefill = PrefillAttention(cache.layout, spec.query_heads, model.device, processors)
+        self._beside = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        """Attention of chunks computes while that of decode rows waits for memory."""
 
     @torch.inference_mode()
     def run(self, shape: SweepShape, longest: int) -> None:
@@ -137,45 +139,60 @@ class Forward:
         self._head(shape)
 
     def _attention(self, index: int, shape: SweepShape, longest: int) -> None:
-        given, buffers, geometry = self._inputs, self._buffers, self._geometry
-        rows, decode = shape.rows, shape.decode
-        layer_kv = self._cache.memory[index]
+        given, buffers, rows = self._inputs, self._buffers, shape.rows
         rope_store(
             buffers.qkv[:rows],
             self._cos_sin,
             given.positions[:rows],
             given.slots[:rows],
             buffers.q[:rows],
-            layer_kv,
+            self._cache.memory[index],
             self._cache.layout,
             qk_norm=self._qk_norms[index],
             eps=self._model.spec.norm_eps,
         )
-        scale, window = geometry.scale, geometry.windows[index]
-        if decode:
-            attention = self._decode[padded(tuple(self._decode), decode)]
-            attention(
-                buffers.q[:decode],
-                layer_kv,
-                buffers.block_tables[:decode],
-                given.lengths[:decode],
-                buffers.attended[:decode],
-                scale=scale,
-                window=window,
-            )
-        if shape.prefill:
-            sequences = slice(decode, shape.sequences)
-            self._prefill(
-                buffers.q[decode:rows],
-                layer_kv,
-                buffers.block_tables[sequences],
-                given.lengths[sequences],
-                given.first_rows[: shape.chunks + 1],
-                buffers.attended[decode:rows],
-                longest=longest,
-                scale=scale,
-                window=window,
-            )
+        if not (shape.decode and shape.prefill and self._beside):
+            self._attend_chunks(index, shape, longest)
+            self._attend_decode(index, shape)
+            return
+        stream = torch.cuda.current_stream(self._model.device)
+        self._beside.wait_stream(stream)
+        with torch.cuda.stream(self._beside):
+            self._attend_chunks(index, shape, longest)
+        self._attend_decode(index, shape)
+        stream.wait_stream(self._beside)
+
+    def _attend_decode(self, index: int, shape: SweepShape) -> None:
+        decode, buffers = shape.decode, self._buffers
+        if not decode:
+            return
+        attention = self._decode[padded(tuple(self._decode), decode)]
+        attention(
+            buffers.q[:decode],
+            self._cache.memory[index],
+            buffers.block_tables[:decode],
+            self._inputs.lengths[:decode],
+            buffers.attended[:decode],
+            scale=self._geometry.scale,
+            window=self._geometry.windows[index],
+        )
+
+    def _attend_chunks(self, index: int, shape: SweepShape, longest: int) -> None:
+        if not shape.prefill:
+            return
+        buffers, sequences = self._buffers, slice(shape.decode, shape.sequences)
+        rows = slice(shape.decode, shape.rows)
+        self._prefill(
+            buffers.q[rows],
+            self._cache.memory[index],
+            buffers.block_tables[sequences],
+            self._inputs.lengths[sequences],
+            self._inputs.first_rows[: shape.chunks + 1],
+            buffers.attended[rows],
+            longest=longest,
+            scale=self._geometry.scale,
+            window=self._geometry.windows[index],
+        )
 
     def _head(self, shape: SweepShape) -> None:
         buffers, model, samples = self._buffers, self._model, shape.sequences

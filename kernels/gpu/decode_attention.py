@@ -1,12 +1,10 @@
 """Paged decode attention, split over the KV length (flash-decoding, arXiv 2311.01282).
 
-    program (row, KV head, split): all query heads of the group against its share of the tokens;
-                                   the last one of a (row, KV head) to end merges the splits'
-                                   partial results, weighted by their log-sum-exp
+    program (row, KV head, split): all query heads of the group against its share of the tokens
+    merge   (row, query head):     the splits' partial results, weighted by their log-sum-exp
 
 The query heads that share a KV head are the rows of one `tl.dot` (padded to 16), so each K and V
-element is read once. The floor is bytes: KV bytes / memory bandwidth. Splits are merged in their
-order, whoever ends last: the same inputs give the same bits.
+element is read once. The floor is bytes: KV bytes / memory bandwidth.
 """
 
 from __future__ import annotations
@@ -39,14 +37,18 @@ def _split_kernel(
     lengths_ptr,  # int32 [rows]; 0 marks a padding row
     part_ptr,  # fp32 [rows, kv_heads, splits, GROUP, DIM]
     lse_ptr,  # fp32 [rows, kv_heads, splits, GROUP], base 2
-    arrivals_ptr,  # int32 [rows, kv_heads], 0 before and after
-    out_ptr,  # [rows, kv_heads * GROUP, DIM]
-    out_lse_ptr,  # fp32 [rows, kv_heads * GROUP], natural logarithm
-    table_stride, scale_log2, softcap, window,
-    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_LSE: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
+    table_stride,
+    scale_log2,
+    softcap,
+    window,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     length = tl.load(lengths_ptr + row)
@@ -88,31 +90,28 @@ def _split_kernel(
     slot = ((row * kv_heads + head) * splits + split) * GROUP + group
     tl.store(lse_ptr + slot, top * scale_log2 + tl.log2(total), mask=group < GROUP)
     tl.store(part_ptr + slot[:, None] * DIM + dims[None, :], acc / total[:, None], mask=q_ok)
-    tl.debug_barrier()  # all of the program's stores, before one thread says that they are there
-    pair = row * kv_heads + head
-    if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel") == splits - 1:
-        tl.store(arrivals_ptr + pair, 0)
-        for member in range(GROUP):
-            _merge(
-                part_ptr, lse_ptr, out_ptr, out_lse_ptr, pair * splits * GROUP + member,
-                pair * GROUP + member, splits, GROUP, DIM, DIM_PAD, SPLITS_PAD, HAS_LSE,
-            )  # fmt: skip
 
 
 @triton.jit
-def _merge(
-    part_ptr, lse_ptr, out_ptr, out_lse_ptr,
-    first,  # of the query head's splits, in rows of DIM
-    place,  # where its result goes, likewise
+def _merge_kernel(
+    part_ptr,
+    lse_ptr,
+    out_ptr,  # [rows, query_heads, DIM]
+    out_lse_ptr,  # fp32 [rows, query_heads], natural logarithm
     splits,
-    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    SPLITS_PAD: tl.constexpr, HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    """Partial results of one query head, weighted by their log-sum-exp."""
-    index, dims = tl.arange(0, SPLITS_PAD), tl.arange(0, DIM_PAD)
-    slot = first + index * GROUP
-    # Other multiprocessors may have written them in this very launch: not from the first cache.
-    lse = tl.load(lse_ptr + slot, mask=index < splits, other=float("-inf"), cache_modifier=".cg")
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    row, query_head = tl.program_id(0), tl.program_id(1)
+    query_heads = tl.num_programs(1)
+    head, group = query_head // GROUP, query_head % GROUP
+    index = tl.arange(0, SPLITS_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    slot = ((row * (query_heads // GROUP) + head) * splits + index) * GROUP + group
+    lse = tl.load(lse_ptr + slot, mask=index < splits, other=float("-inf"))
     # Empty splits wrote -inf and 0 / 0: their partial results are not looked at.
     used = lse > float("-inf")
     nothing = tl.max(lse, 0) == float("-inf")
@@ -121,46 +120,41 @@ def _merge(
     weight = tl.where(used, tl.exp2(lse - top), 0.0)
     total = tl.sum(weight, 0)
     mask = used[:, None] & (dims < DIM)[None, :]
-    source = part_ptr + slot[:, None] * DIM + dims[None, :]
-    part = tl.load(source, mask=mask, other=0.0, cache_modifier=".cg")
+    part = tl.load(part_ptr + slot[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
     out = tl.sum(part * weight[:, None], 0) / tl.where(nothing, 1.0, total)
     out = tl.where(broken, float("nan"), out)
+    place = row * query_heads + query_head
     tl.store(out_ptr + place * DIM + dims, out.to(out_ptr.dtype.element_ty), mask=dims < DIM)
     if HAS_LSE:
         tl.store(out_lse_ptr + place, (top + tl.log2(total)) * 0.6931471805599453)
 
 
-@triton.jit
-def _merge_kernel(
-    part_ptr, lse_ptr, out_ptr, splits,
-    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
-):  # fmt: skip
-    place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    first = place // GROUP * splits * GROUP + place % GROUP
-    _merge(
-        part_ptr, lse_ptr, out_ptr, lse_ptr, first, place, splits,
-        GROUP, DIM, DIM_PAD, SPLITS_PAD, False,
-    )  # fmt: skip
-
-
 def merge_splits(
-    part: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, splits: int, group: int
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+    out: torch.Tensor,
+    splits: int,
+    group: int,
+    lse: torch.Tensor | None = None,
 ) -> None:
-    """Fill `out` `[rows, query_heads, head_dim]` from partial results of a launch before.
+    """Fill `out` `[rows, query_heads, head_dim]` from partial results.
 
     part: fp32, its memory begins with `[rows, kv_heads, splits, group, head_dim]`. part_lse: fp32,
-    likewise, base 2; -inf for a split that saw nothing.
+    likewise, base 2; -inf for a split that saw nothing. lse: fp32 `[rows, query_heads]`, filled
+    with natural log-sum-exps.
     """
     rows, query_heads, dim = out.shape
     _merge_kernel[(rows, query_heads)](
         part,
         part_lse,
         out,
+        out if lse is None else lse,
         splits,
         GROUP=group,
         DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim),
         SPLITS_PAD=triton.next_power_of_2(splits),
+        HAS_LSE=lse is not None,
         num_warps=1,
     )
 
@@ -197,7 +191,6 @@ class DecodeAttention:
         shape = (max_rows, layout.kv_heads, splits, group)
         self._part = torch.empty((*shape, layout.head_dim), dtype=torch.float32, device=device)
         self._lse = torch.empty(shape, dtype=torch.float32, device=device)
-        self._arrivals = torch.zeros(shape[:2], dtype=torch.int32, device=device)
 
     def __call__(
         self,
@@ -223,16 +216,29 @@ class DecodeAttention:
         layout, rows = self.layout, q.shape[0]
         if scale <= 0:
             raise ValueError(f"scale must be more than 0, not {scale}")
+        padded = triton.next_power_of_2(layout.head_dim)
         _split_kernel[(rows, layout.kv_heads, self.splits)](
-            q, layer_kv, block_tables, lengths, self._part, self._lse, self._arrivals, out,
-            out if lse is None else lse,
-            block_tables.stride(0), scale * LOG2_E, softcap / scale, window,
-            GROUP=self._group, DIM=layout.head_dim,
-            DIM_PAD=triton.next_power_of_2(layout.head_dim), BLOCK=layout.block_tokens,
-            TILE=self.tile, SPLITS_PAD=triton.next_power_of_2(self.splits),
-            HAS_SOFTCAP=softcap > 0, HAS_LSE=lse is not None, WIDEN=INTERPRET,
-            num_warps=self.warps, num_stages=self.stages,
-        )  # fmt: skip
+            q,
+            layer_kv,
+            block_tables,
+            lengths,
+            self._part,
+            self._lse,
+            block_tables.stride(0),
+            scale * LOG2_E,
+            softcap / scale,
+            window,
+            GROUP=self._group,
+            DIM=layout.head_dim,
+            DIM_PAD=padded,
+            BLOCK=layout.block_tokens,
+            TILE=self.tile,
+            HAS_SOFTCAP=softcap > 0,
+            WIDEN=INTERPRET,
+            num_warps=self.warps,
+            num_stages=self.stages,
+        )
+        merge_splits(self._part, self._lse, out, self.splits, self._group, lse)
 
     def _check(
         self,

@@ -56,7 +56,7 @@ def call(inputs: DecodeInputs, out: torch.Tensor) -> None:
 
 
 def test_a_second_launch_gives_the_same_bits() -> None:
-    """Splits are merged by whoever ends last, in their order."""
+    """Splits are merged in their order, whoever ended first."""
     inputs = decode_inputs(CASES["group-16"], DEVICE)
     attention = DecodeAttention(inputs.layout, 16, 1, 5, DEVICE)
     first, second = torch.zeros_like(inputs.q), torch.zeros_like(inputs.q)

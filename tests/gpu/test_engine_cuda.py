@@ -1,19 +1,24 @@
 """The engine on a CUDA device with a real cpu_service: the same greedy tokens as `transformers`.
 
-fp32, with TF32 off, so that tokens must be identical wherever a request ran.
+In fp32, with TF32 off, tokens must be identical wherever a request ran; in bf16 they are held to
+what `transformers` itself is off by in bf16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.messages import Submit
+from gpu_service.pipeline.cuda.inputs import SweepShape
 from tests.support.engine import config, greedy, real_core, run
 from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.numerics import check_teacher_forced
 from tests.support.offload import TRANSPORTS, cpu_service
 from tests.support.stack import Service
 
@@ -49,8 +54,20 @@ def prompts() -> list[list[int]]:
     return [[3 + (7 * i + 13 * n) % 250 for i in range(n)] for n in LENGTHS]
 
 
-def requests() -> list[Submit]:
-    return [greedy(f"r{i}", prompt, OUTPUT) for i, prompt in enumerate(prompts())]
+def requests(**sampling: Any) -> list[Submit]:
+    return [greedy(f"r{i}", prompt, OUTPUT, **sampling) for i, prompt in enumerate(prompts())]
+
+
+def on_cuda(directory: Path, service: Service, dtype: str, **changes: Any) -> GpuServiceConfig:
+    return config(
+        directory,
+        device="cuda",
+        dtype=dtype,
+        cpu_services=(service.address,),
+        host_kv_gib=0.01,
+        sweep_deadline_ms=30_000,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -59,16 +76,7 @@ def requests() -> list[Submit]:
 def test_tokens_are_those_of_transformers(
     directories: dict[str, Path], service: Service, family: str, transport: str, how: str
 ) -> None:
-    made = config(
-        directories[family],
-        device="cuda",
-        dtype="float32",
-        cpu_services=(service.address,),
-        offload_transport=transport,
-        host_kv_gib=0.01,
-        sweep_deadline_ms=30_000,
-        **HOW[how],
-    )
+    made = on_cuda(directories[family], service, "float32", offload_transport=transport, **HOW[how])
     with real_core(made) as core:
         answers = run(core, requests())
     reference = reference_model(directories[family])
@@ -76,3 +84,49 @@ def test_tokens_are_those_of_transformers(
         assert answers.tokens[f"r{i}", 0] == greedy_tokens(reference, prompt, OUTPUT)
     host = sum(usage.host_tokens for usage in answers.usages.values())
     assert (host > 0) == (made.offload != "never")
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_logits_and_tokens(
+    directories: dict[str, Path], service: Service, family: str, how: str
+) -> None:
+    with real_core(on_cuda(directories[family], service, "bfloat16", **HOW[how])) as core:
+        answers = run(core, requests(logprobs=0))
+    check_teacher_forced(
+        reference_model(directories[family]),
+        reference_model(directories[family], torch.bfloat16),
+        prompts(),
+        [answers.tokens[f"r{i}", 0] for i in range(len(LENGTHS))],
+        [answers.logprobs[f"r{i}", 0] for i in range(len(LENGTHS))],
+    )
+
+
+@pytest.mark.parametrize("max_batch_tokens", [7, 512])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_give_the_tokens_of_single_launches(
+    directories: dict[str, Path], service: Service, family: str, max_batch_tokens: int
+) -> None:
+    """In bf16: the same kernels on the same padded sizes give the same bits."""
+    made = on_cuda(
+        directories[family],
+        service,
+        "bfloat16",
+        offload="never",
+        max_batch_tokens=max_batch_tokens,
+    )
+    found, replayed = [], []
+    for graphs in (True, False):
+        with real_core(made) as core:
+            sweeps = core._runner._sweeps  # type: ignore[attr-defined]
+            replay = sweeps.graphs.replay
+
+            def replaying(shape: SweepShape, replay: Any = replay, graphs: bool = graphs) -> bool:
+                replayed.append(graphs and replay(shape))
+                return bool(replayed[-1])
+
+            sweeps.graphs.replay = replaying
+            answers = run(core, requests(logprobs=0))
+        found.append((answers.tokens, answers.logprobs))
+    assert any(replayed), "no sweep came from a graph"
+    assert found[0] == found[1]

@@ -66,7 +66,7 @@ def sampling(rows: int) -> Iterator[Line]:
         yield f"{name}, {rows} rows", size, ours, sort_us
     for top in (0, 5, 20):
         inputs.send([RowWish(logprobs=top)] * rows)
-        ours = median_us([lambda x=x: sampler.logprobs(x, inputs, out) for x in logits])
+        ours = median_us([lambda x=x: sampler.logprobs(x, out, inputs.tops) for x in logits])
         theirs = median_us([partial(torch_logprobs, x, max(1, top)) for x in logits])
         yield f"logprobs {top}, {rows} rows", size, ours, theirs
 

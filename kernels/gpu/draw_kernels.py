@@ -167,7 +167,8 @@ def _draw_kernel(
     slots_ptr,
     history_ptr,
     recent_ptr,
-    out_ptr,  # int64 [rows]
+    places_ptr,  # int32 [rows]: where in `out` a row's token goes; row by row unless ADJUST
+    out_ptr,  # int64
     max_rows,
     tiles,
     VOCAB: tl.constexpr,
@@ -207,6 +208,7 @@ def _draw_kernel(
                 )
         token = tl.where(usable, token, -1)
         _remember(token, row, position, slots_ptr, history_ptr, recent_ptr, VOCAB)
+        out_ptr += tl.load(places_ptr + row) - row
     tl.store(out_ptr + row, tl.where(usable, token, -1).to(tl.int64))
 
 

@@ -15,7 +15,8 @@ from kernels.gpu.sampling_kernels import _exp
 @triton.jit
 def _top_kernel(
     logits_ptr,
-    tokens_ptr,  # int64 [rows], -1: none
+    places_ptr,  # int32 [rows]: which of the logits' and tokens' rows it is
+    tokens_ptr,  # int64, -1: none
     tops_ptr,  # int32 [rows]; -1: no log probabilities
     top_values_ptr,  # fp32 [rows, tiles, MOST]
     top_ids_ptr,  # int32 [rows, tiles, MOST]
@@ -26,13 +27,14 @@ def _top_kernel(
     MOST: tl.constexpr,
 ):
     row, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    top, token = tl.minimum(tl.load(tops_ptr + row), MOST), tl.load(tokens_ptr + row)
+    source = tl.load(places_ptr + row)
+    top, token = tl.minimum(tl.load(tops_ptr + row), MOST), tl.load(tokens_ptr + source)
     if (top < 0) | (token < 0):
         return
     at = tile * TILE + tl.arange(0, TILE)
-    source = logits_ptr + row.to(tl.int64) * VOCAB
-    x = tl.load(source + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
-    chosen = tl.load(source + token).to(tl.float32)
+    logits_ptr += source.to(tl.int64) * VOCAB
+    x = tl.load(logits_ptr + at, mask=at < VOCAB, other=float("-inf")).to(tl.float32)
+    chosen = tl.load(logits_ptr + token).to(tl.float32)
     largest = tl.max(x, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
     place = row * tiles + tile
@@ -49,6 +51,7 @@ def _top_kernel(
 @triton.jit
 def _logprob_kernel(
     logits_ptr,
+    places_ptr,
     tokens_ptr,
     tops_ptr,
     top_values_ptr,
@@ -66,7 +69,8 @@ def _logprob_kernel(
     MOST_PAD: tl.constexpr,
 ):
     row = tl.program_id(0)
-    top, token = tl.minimum(tl.load(tops_ptr + row), MOST), tl.load(tokens_ptr + row)
+    source = tl.load(places_ptr + row)
+    top, token = tl.minimum(tl.load(tops_ptr + row), MOST), tl.load(tokens_ptr + source)
     if (top < 0) | (token < 0):
         return
     tile = tl.arange(0, TILES_PAD)
@@ -76,16 +80,16 @@ def _logprob_kernel(
     best = tl.max(largest, 0)
     share = tl.load(sums + 1, mask=ok, other=0.0) * _exp(tl.maximum(largest - best, -200.0))
     total = best + tl.log(tl.sum(share, 0))
-    chosen = tl.load(logits_ptr + row.to(tl.int64) * VOCAB + token).to(tl.float32)
+    chosen = tl.load(logits_ptr + source.to(tl.int64) * VOCAB + token).to(tl.float32)
     tl.store(logprob_ptr + row, chosen - total)
     rank = tl.sum(tl.load(ranks_ptr + row * tiles + tile, mask=ok, other=0), 0)
     tl.store(rank_ptr + row, rank + 1)
 
     n = tl.arange(0, MOST_PAD)
-    source = (row * tiles + tile)[:, None] * MOST + n[None, :]
+    listed = (row * tiles + tile)[:, None] * MOST + n[None, :]
     known = ok[:, None] & (n < top)[None, :]
-    x = tl.load(top_values_ptr + source, mask=known, other=float("-inf"))
-    ids = tl.load(top_ids_ptr + source, mask=known, other=VOCAB)
+    x = tl.load(top_values_ptr + listed, mask=known, other=float("-inf"))
+    ids = tl.load(top_ids_ptr + listed, mask=known, other=VOCAB)
     for i in range(0, top):
         value = tl.max(tl.max(x, 1), 0)
         index = tl.min(tl.min(tl.where(x == value, ids, VOCAB), 1), 0)

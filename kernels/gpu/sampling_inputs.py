@@ -40,11 +40,6 @@ class RowWish:
     logprobs: int = -1
     """How many best tokens to list beside the drawn one's log probability; -1: none at all."""
 
-    @property
-    def plain(self) -> bool:
-        """Whether the largest logit as it is, is all that is wanted."""
-        return self.temperature == 0 and not self.edits and self.history < 0
-
 
 class SamplingInputs:
     """Device arrays for up to `rows` rows and `edits` edits, and two host copies used in turn.
@@ -56,10 +51,15 @@ class SamplingInputs:
     def __init__(self, rows: int, edits: int, device: torch.device | str) -> None:
         self.rows = rows
         self.edits = edits
+        self.count = 0
+        """Rows sent last."""
+        self.reach = 0
+        """One more than the largest of `places`."""
         sizes = {
             "seeds": 8 * rows,
             "top_ps": 8 * rows,
             "numbers": 4 * 5 * rows,
+            "places": 4 * rows,
             "positions": 4 * rows,
             "slots": 4 * rows,
             "top_ks": 4 * rows,
@@ -85,6 +85,8 @@ class SamplingInputs:
         self.top_ps = view("top_ps", torch.float64)
         self.numbers = view("numbers", torch.float32)
         """fp32 `[5, rows]`: repetition, frequency, presence, temperature, logarithm of min_p."""
+        self.places = view("places", torch.int32)
+        """Rows of the logits that the wishes are for."""
         self.positions = view("positions", torch.int32)
         self.slots = view("slots", torch.int32)
         self.top_ks = view("top_ks", torch.int32)
@@ -94,13 +96,16 @@ class SamplingInputs:
         self.edit_pairs = view("edits", torch.int32)
         """int32 `[edits, 2]`: the token, and the bits of the fp32 value."""
 
-    def send(self, wishes: Sequence[RowWish]) -> None:
-        """Fill and copy. ValueError where rows or edits exceed the room."""
+    def send(self, wishes: Sequence[RowWish], places: Sequence[int] | None = None) -> None:
+        """Fill and copy. `places`: the row of the logits that each wish is for, where they are not
+        simply the first ones. ValueError where rows or edits exceed the room."""
         edits = [len(wish.edits) for wish in wishes]
         if len(wishes) > self.rows:
             raise ValueError(f"{len(wishes)} rows are more than the {self.rows} prepared for")
         if sum(edits) > self.edits:
             raise ValueError(f"{sum(edits)} edited logits are more than {self.edits}")
+        places = range(len(wishes)) if places is None else places
+        self.count, self.reach = len(wishes), max(places, default=-1) + 1
         self._turn ^= 1
         host = self._staging[self._turn].numpy()
 
@@ -111,6 +116,7 @@ class SamplingInputs:
         fill("top_ps", np.float64, [wish.top_p for wish in wishes])
         numbers = host[self._places["numbers"]].view(np.float32).reshape(5, self.rows)
         numbers[:, : len(wishes)] = _numbers(wishes)
+        fill("places", np.int32, places)
         fill("positions", np.int32, [wish.position for wish in wishes])
         fill("slots", np.int32, [wish.history for wish in wishes])
         fill("top_ks", np.int32, [min(wish.top_k, 2**31 - 1) for wish in wishes])

@@ -40,6 +40,7 @@ def _penalised(
 @triton.jit
 def _best_kernel(
     logits_ptr,  # [rows, VOCAB]
+    places_ptr,  # int32 [rows]: which of the logits' rows it is; all of them unless ADJUST
     work_ptr,  # fp32 [rows, VOCAB], written for rows with a temperature
     best_ptr,  # fp32 [rows, tiles]; +inf where a logit is NaN or +inf
     where_ptr,  # int32 [rows, tiles]
@@ -58,7 +59,8 @@ def _best_kernel(
     row, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     at = tile * TILE + tl.arange(0, TILE)
     ok = at < VOCAB
-    x = tl.load(logits_ptr + row.to(tl.int64) * VOCAB + at, mask=ok, other=float("-inf"))
+    place = tl.load(places_ptr + row) if ADJUST else row
+    x = tl.load(logits_ptr + place.to(tl.int64) * VOCAB + at, mask=ok, other=float("-inf"))
     x = x.to(tl.float32)
     if ADJUST:
         slot, position = tl.load(slots_ptr + row), tl.load(positions_ptr + row)

@@ -200,7 +200,7 @@ def test_logprobs(dtype: torch.dtype) -> None:
     inputs.send([wish(each, -1) for each in rows])
     sampler = sampler_for(5, 1000)
     sampler.sample(logits.to(DEVICE), inputs, out)
-    found = sampler.logprobs(logits.to(DEVICE), inputs, out)
+    found = sampler.logprobs(logits.to(DEVICE), out, inputs.tops)
     for i, want in enumerate(theirs.logprobs):
         if want is None:
             continue
@@ -215,12 +215,31 @@ def test_logprobs(dtype: torch.dtype) -> None:
         assert torch.equal(logits[i, ids], logits[i, [token for token, _ in want.top]])
 
 
+def test_some_rows_of_many() -> None:
+    """Wishes for a few rows in any order; tokens of the others stay."""
+    places, vocab = [5, 1, 8], 300
+    rows = [row(seed=i, logprobs=i, temperature=0.5 * i, output=[4] * i) for i in range(3)]
+    logits = logits_for(9, vocab)
+    theirs = oracle.Sampler([EOS]).sample(logits[places], rows)
+    inputs, out = SamplingInputs(4, 1, DEVICE), torch.full((9,), -7, device=DEVICE)
+    sampler = Sampler(9, vocab, DEVICE, draws=4, tile=128, chunk=64, room=100)
+    inputs.send([wish(each, -1) for each in rows], places)
+    sampler.sample(logits.to(DEVICE), inputs, out)
+    assert out[places].tolist() == theirs.token_ids.tolist()
+    assert sorted(set(range(9)) - set(places)) == (out == -7).nonzero()[:, 0].tolist()
+    found = sampler.logprobs(logits.to(DEVICE), out, inputs.tops[:3], inputs.places[:3])
+    wanted = [entry for entry in theirs.logprobs if entry is not None]
+    assert found.rank.tolist() == [entry.rank for entry in wanted]
+    assert found.logprob.tolist() == pytest.approx([w.logprob for w in wanted], abs=2e-6)
+    assert found.top_ids[2, :2].tolist() == [token for token, _ in wanted[2].top]
+
+
 def test_a_failed_row_has_no_logprobs() -> None:
     sampler, inputs = sampler_for(1, 30), SamplingInputs(1, 1, DEVICE)
     inputs.send([RowWish(logprobs=2)])
     tokens = torch.tensor([-1], device=DEVICE)
     sampler._logprobs.rank.fill_(-7)
-    assert sampler.logprobs(logits_for(1, 30).to(DEVICE), inputs, tokens).rank.tolist() == [-7]
+    assert sampler.logprobs(logits_for(1, 30).to(DEVICE), tokens, inputs.tops).rank.tolist() == [-7]
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter captures no graphs")
@@ -251,8 +270,13 @@ def test_wrong_arguments_are_sentences() -> None:
     with pytest.raises(ValueError, match="4 edited logits"):
         inputs.send([RowWish(edits={1: 1.0, 2: 1.0}), RowWish(edits={1: NEVER, 2: 0.0})])
     out = torch.empty(3, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="more than the inputs' 2"):
+    inputs.send([RowWish()] * 2, [0, 3])
+    with pytest.raises(ValueError, match="reach to row 3, logits have 3"):
         Sampler(3, 8, DEVICE).sample(torch.zeros(3, 8, device=DEVICE), inputs, out)
+    with pytest.raises(ValueError, match="2 rows are more than the 1"):
+        Sampler(3, 8, DEVICE, draws=1).sample(torch.zeros(3, 8, device=DEVICE), inputs, out)
+    with pytest.raises(ValueError, match="3 rows are more than the 2"):
+        Sampler(2, 8, DEVICE).greedy(torch.zeros(3, 8, device=DEVICE), out)
     with pytest.raises(ValueError, match="tokens must be"):
         Sampler(3, 8, DEVICE).greedy(torch.zeros(3, 8, device=DEVICE), out.int())
 

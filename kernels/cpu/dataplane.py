@@ -146,6 +146,9 @@ def _array(array: Any, byte_count: int, name: str) -> int:
     return int(address)
 
 
+Ints = npt.NDArray[np.int32]
+
+
 class StepChannel:
     """The engine's end. One thread uses it; `abort` may come from any."""
 
@@ -170,21 +173,24 @@ class StepChannel:
         """Layers that the worker has done in this epoch."""
         return int(self._native.progress)
 
-    def rows(self, lane: int) -> int:
-        return int(self._native.rows(lane))
+    def rows(self, lane: int, layer: int, back: int = 0) -> int:
+        """Rows of the lane in that layer, in the sweep `back` before the last one begun."""
+        return int(self._native.rows(lane, layer, back))
 
     def begin_sweep(
         self,
-        lanes: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]],
+        lanes: Sequence[tuple[Ints, Ints]],
         timeout_us: int,
         device_rings: bool = False,
+        ranges: Ints | None = None,
     ) -> WaitStatus:
         """Publish the rows of at most two lanes, each `lengths` `[rows]` and `block_tables` `[rows,
         width]`, int32.
 
         Waits until the worker has left the slots that are used again. Raises ValueError on rows
         that do not fit. `device_rings`: a GPU fills the slots and writes the doorbells; the worker
-        does not park during the sweep."""
+        does not park during the sweep. `ranges`: `[layers, 2]`, from which row of lane 0 to which
+        each layer takes; None means all."""
         packed = []
         for lengths, tables in lanes:
             lengths = np.ascontiguousarray(lengths, np.int32)
@@ -192,16 +198,27 @@ class StepChannel:
             if lengths.ndim != 1 or tables.ndim != 2 or len(tables) != len(lengths):
                 raise ValueError("a lane needs lengths [rows] and block_tables [rows, width]")
             packed.append((lengths, tables))
+        if ranges is not None:
+            ranges = np.ascontiguousarray(ranges, np.int32)
+            if ranges.shape != (self._shape.layers, 2):
+                raise ValueError(f"ranges must be [{self._shape.layers}, 2]")
         addresses = [
-            (len(lengths), lengths.ctypes.data, tables.ctypes.data, tables.shape[1])
-            for lengths, tables in packed
+            (
+                len(lengths),
+                lengths.ctypes.data,
+                tables.ctypes.data,
+                tables.shape[1],
+                0 if ranges is None or lane else ranges.ctypes.data,
+            )
+            for lane, (lengths, tables) in enumerate(packed)
         ]
         return WaitStatus(self._native.begin_sweep(addresses, timeout_us, device_rings))
 
     def submit(self, lane: int, layer: int, q: Any, k: Any, v: Any) -> None:
-        """Copy `q` `[rows, query_heads, head_dim]`, `k` and `v` `[rows, kv_heads, head_dim]` in and
-        ring."""
-        rows = self._native.rows(lane)
+        """Copy `q` `[rows, query_heads, head_dim]`, `k` and `v` `[rows, kv_heads, head_dim]` of the
+        layer's rows in and ring. A layer that none of the lane's rows takes part in is submitted,
+        too."""
+        rows = self.rows(lane, layer)
         kv_bytes = rows * self._shape.kv_row_bytes
         self._native.submit(
             lane,
@@ -211,10 +228,12 @@ class StepChannel:
             _array(v, kv_bytes, "v"),
         )
 
-    def wait(self, lane: int, layer: int, out: Any, timeout_us: int) -> WaitStatus:
-        """Fill `out` `[rows, query_heads, head_dim]`; untouched unless the status is OK."""
-        size = self._native.rows(lane) * self._shape.query_row_bytes
-        return WaitStatus(self._native.wait(lane, layer, _array(out, size, "out"), timeout_us))
+    def wait(self, lane: int, layer: int, out: Any, timeout_us: int, back: int = 0) -> WaitStatus:
+        """Fill `out` `[rows, query_heads, head_dim]` with the layer's result in the sweep `back` (0
+        or 1) before the last one begun; untouched unless the status is OK."""
+        size = self.rows(lane, layer, back) * self._shape.query_row_bytes
+        address = _array(out, size, "out")
+        return WaitStatus(self._native.wait(lane, layer, address, timeout_us, back))
 
     def cancel_sweep(self, timeout_us: int) -> WaitStatus:
         """End the current sweep early. After OK the worker touches nothing of it any more."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels.cpu.dataplane import StepChannel, StepMemory, WaitStatus, WorkerError
-from tests.support.dataplane import BLOCKS, SECOND_US, SHAPE, anonymous, rig
+from tests.support.dataplane import BLOCKS, SECOND_US, SHAPE, Floats, Ints, Rig, anonymous, rig
 
 
 def test_both_lanes_give_exactly_what_the_kernel_gives() -> None:
@@ -50,26 +50,56 @@ def test_sliding_windows_are_per_layer() -> None:
 
 
 def test_each_layer_may_have_rows_of_its_own() -> None:
-    """As deferred mode will: a layer's slot holds its cohort's rows alone."""
+    """As in deferred mode: a layer's slot holds its cohort's rows alone."""
     with rig() as it:
-        it.restart(start=False)
-        lengths, tables = it.rows([20, 33, 5])
-        assert it.channel.begin_sweep([(lengths, tables)], SECOND_US) is WaitStatus.OK
-        ring = 4 * 16 + 2 * SHAPE.layers * 2 * 16
-        record_words = (SHAPE.sizes()[0] // 4 - ring) // 4
-        ranges = np.frombuffer(it.control, np.int32)[ring + record_words + 16 :][:4]
-        assert list(ranges) == [0, 3, 0, 3], "the layout of records has moved"
+        lane = it.rows([20, 33, 5])
         cohorts = [(1, 3), (0, 1)]
-        ranges[:] = np.ravel(cohorts)
-        it.worker.start()
-        for layer, (begin, end) in enumerate(cohorts):
-            inputs = it.inputs(3)
-            out = np.full_like(inputs[0], np.nan)
-            it.channel.submit(0, layer, *inputs)
-            assert it.channel.wait(0, layer, out, SECOND_US) is WaitStatus.OK
-            own = tuple(array[: end - begin].copy() for array in inputs)
-            lane = (lengths[begin:end].copy(), tables[begin:end].copy())
-            np.testing.assert_array_equal(out[: end - begin], it.expected(layer, lane, own))
+        status = it.channel.begin_sweep([lane], SECOND_US, ranges=np.array(cohorts, np.int32))
+        assert status is WaitStatus.OK
+        for layer, cohort in enumerate(cohorts):
+            np.testing.assert_array_equal(*attend(it, layer, lane, cohort))
+
+
+def test_a_layer_without_rows_is_submitted_too() -> None:
+    with rig() as it:
+        lane = it.rows([20])
+        ranges = np.array([(0, 1), (1, 1)], np.int32)
+        assert it.channel.begin_sweep([lane], SECOND_US, ranges=ranges) is WaitStatus.OK
+        np.testing.assert_array_equal(*attend(it, 0, lane, (0, 1)))
+        it.channel.submit(0, 1, *it.inputs(0))
+        with pytest.raises(ValueError, match="nothing was submitted for lane 0, layer 1"):
+            it.channel.wait(0, 1, it.inputs(0)[0], SECOND_US)
+        it.sweep(it.rows([5]))
+
+
+def test_results_of_the_sweep_before_are_there_until_the_next_one() -> None:
+    """A cohort's result is waited for a sweep later, while its slot's other half fills."""
+    with rig() as it:
+        pending: list[Floats] = []
+        for _ in range(4):
+            lane = it.rows([20, 33])
+            assert it.channel.begin_sweep([lane], SECOND_US) is WaitStatus.OK
+            earlier, pending = pending, []
+            for layer in range(SHAPE.layers):
+                inputs = it.inputs(2)
+                it.channel.submit(0, layer, *inputs)
+                pending.append(it.expected(layer, lane, inputs))
+                if earlier:
+                    out = np.full_like(inputs[0], np.nan)
+                    assert it.channel.wait(0, layer, out, SECOND_US, back=1) is WaitStatus.OK
+                    np.testing.assert_array_equal(out, earlier[layer])
+
+
+def attend(
+    it: Rig, layer: int, lane: tuple[Ints, Ints], cohort: tuple[int, int]
+) -> tuple[Floats, Floats]:
+    """One layer of the rows `cohort[0]` to `cohort[1]` of the lane; the kernel's result, too."""
+    rows = slice(*cohort)
+    inputs = it.inputs(cohort[1] - cohort[0])
+    out = np.full_like(inputs[0], np.nan)
+    it.channel.submit(0, layer, *inputs)
+    assert it.channel.wait(0, layer, out, SECOND_US) is WaitStatus.OK
+    return out, it.expected(layer, (lane[0][rows].copy(), lane[1][rows].copy()), inputs)
 
 
 def test_counters_wrap() -> None:
@@ -215,7 +245,7 @@ def test_calls_out_of_order_are_refused() -> None:
     with rig() as it:
         out = np.empty((1, SHAPE.query_heads, SHAPE.head_dim), np.float32)
         it.channel.begin_sweep([it.rows([5])], SECOND_US)
-        with pytest.raises(ValueError, match="before its submit"):
+        with pytest.raises(ValueError, match="nothing was submitted"):
             it.channel.wait(0, 0, out, 0)
         with pytest.raises(ValueError, match="lane 1"):
             it.channel.submit(1, 0, *it.inputs(0))

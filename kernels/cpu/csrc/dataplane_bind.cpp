@@ -15,8 +15,8 @@ namespace py = pybind11;
 namespace neo {
 namespace {
 
-using Memory = std::pair<uintptr_t, std::size_t>;                 // address, bytes
-using Lane = std::tuple<int32_t, uintptr_t, uintptr_t, int32_t>;  // rows, lengths, tables, stride
+using Memory = std::pair<uintptr_t, std::size_t>;                            // address, bytes
+using Lane = std::tuple<int32_t, uintptr_t, uintptr_t, int32_t, uintptr_t>;  // rows, lengths, tables, stride, ranges
 
 std::span<std::byte> span_of(const Memory& memory) {
   return {reinterpret_cast<std::byte*>(memory.first), memory.second};
@@ -77,8 +77,9 @@ void bind_channel(py::module_& m) {
            [](StepChannel& self, const std::vector<Lane>& lanes, int64_t timeout_us, bool device_rings) {
              std::vector<LaneRows> rows;
              rows.reserve(lanes.size());
-             for (const auto& [count, lengths, tables, stride] : lanes) {
-               rows.push_back({count, pointer<int32_t>(lengths), pointer<int32_t>(tables), stride});
+             for (const auto& [count, lengths, tables, stride, ranges] : lanes) {
+               rows.push_back(
+                   {count, pointer<int32_t>(lengths), pointer<int32_t>(tables), stride, pointer<LayerRange>(ranges)});
              }
              const py::gil_scoped_release release;
              return static_cast<int32_t>(self.begin_sweep(rows, timeout_us, device_rings));
@@ -89,9 +90,9 @@ void bind_channel(py::module_& m) {
              self.submit(lane, layer, pointer<void>(q), pointer<void>(k), pointer<void>(v));
            })
       .def("wait",
-           [](StepChannel& self, int32_t lane, int32_t layer, uintptr_t out, int64_t timeout_us) {
+           [](StepChannel& self, int32_t lane, int32_t layer, uintptr_t out, int64_t timeout_us, uint32_t back) {
              const py::gil_scoped_release release;
-             return static_cast<int32_t>(self.wait(lane, layer, reinterpret_cast<void*>(out), timeout_us));
+             return static_cast<int32_t>(self.wait(lane, layer, reinterpret_cast<void*>(out), timeout_us, back));
            })
       .def("cancel_sweep",
            [](StepChannel& self, int64_t timeout_us) {

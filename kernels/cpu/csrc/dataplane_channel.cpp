@@ -11,7 +11,15 @@ StepChannel::StepChannel(const StepMemory& memory, int64_t blocks, int32_t spin_
       blocks_(blocks),
       spin_us_(spin_us),
       sweep_(memory.header().first_sweep - 1),
-      submitted_(static_cast<std::size_t>(kLanes) * memory.shape().layers, true) {}
+      submitted_(static_cast<std::size_t>(kLanes) * memory.shape().layers, true) {
+  for (std::vector<int32_t>& rows : layer_rows_) {
+    rows.assign(submitted_.size(), 0);
+  }
+}
+
+std::size_t StepChannel::index(int32_t lane, int32_t layer) const {
+  return static_cast<std::size_t>(lane) * memory_.shape().layers + layer;
+}
 
 void StepChannel::check_lanes(std::span<const LaneRows> lanes) const {
   const StepShape& shape = memory_.shape();
@@ -21,6 +29,12 @@ void StepChannel::check_lanes(std::span<const LaneRows> lanes) const {
   int64_t rows = 0;
   for (const LaneRows& lane : lanes) {
     rows += lane.rows;
+    for (int32_t layer = 0; lane.ranges != nullptr && layer < shape.layers; ++layer) {
+      const LayerRange range = lane.ranges[layer];
+      if (range.begin < 0 || range.begin > range.end || range.end > lane.rows) {
+        throw std::invalid_argument("the rows of layer " + std::to_string(layer) + " are not rows of the lane");
+      }
+    }
     for (int32_t row = 0; row < lane.rows; ++row) {
       const int64_t used = (static_cast<int64_t>(lane.lengths[row]) + shape.block_tokens - 1) / shape.block_tokens;
       if (lane.lengths[row] < 1 || used > lane.table_stride || used > shape.max_blocks_per_row) {
@@ -52,9 +66,19 @@ void StepChannel::write_record(std::span<const LaneRows> lanes, uint32_t flags) 
   int32_t* ids = memory_.block_ids(sweep_);
   for (int32_t index = 0; index < kLanes; ++index) {
     const LaneRows lane = index < static_cast<int32_t>(lanes.size()) ? lanes[index] : LaneRows{};
-    rows_[index] = lane.rows;
     record.rows[index].store(lane.rows, std::memory_order_relaxed);
-    std::fill_n(memory_.ranges(sweep_, index), shape.layers, LayerRange{0, lane.rows});
+    LayerRange* ranges = memory_.ranges(sweep_, index);
+    if (lane.ranges == nullptr) {
+      std::fill_n(ranges, shape.layers, LayerRange{0, lane.rows});
+    } else {
+      std::copy_n(lane.ranges, shape.layers, ranges);
+    }
+    for (int32_t layer = 0; layer < shape.layers; ++layer) {
+      // A lane without rows retires at once; one with rows expects every layer, also those that none of them is in.
+      const std::size_t at = this->index(index, layer);
+      layer_rows_[sweep_ & 1U][at] = ranges[layer].end - ranges[layer].begin;
+      submitted_[at] = (flags & kDeviceRings) != 0 || lane.rows == 0;
+    }
     for (int32_t row = 0; row < lane.rows; ++row) {
       const int32_t used = (lane.lengths[row] + shape.block_tokens - 1) / shape.block_tokens;
       *lengths++ = lane.lengths[row];
@@ -96,46 +120,53 @@ WaitStatus StepChannel::begin_sweep(std::span<const LaneRows> lanes, int64_t tim
     freshen_doorbells();
   }
   write_record(lanes, device_rings ? kDeviceRings : 0);
-  const int32_t layers = memory_.shape().layers;
-  for (int32_t lane = 0; lane < kLanes; ++lane) {
-    std::fill_n(submitted_.begin() + lane * layers, layers, device_rings || rows_[lane] == 0);
-  }
   ControlHeader& header = memory_.header();
   header.published.store(sweep_, std::memory_order_release);
   ring_if_parked(header.worker_parked, header.worker_bell);
   return WaitStatus::kOk;
 }
 
-void StepChannel::check_call(int32_t lane, int32_t layer) const {
-  if (lane < 0 || lane >= kLanes || layer < 0 || layer >= memory_.shape().layers || rows_[lane] == 0) {
-    throw std::invalid_argument("lane " + std::to_string(lane) + ", layer " + std::to_string(layer) +
-                                " has no rows in this sweep");
+void StepChannel::check_call(int32_t lane, int32_t layer, uint32_t back) const {
+  if (lane < 0 || lane >= kLanes || layer < 0 || layer >= memory_.shape().layers || back >= kSlots) {
+    throw std::invalid_argument("there is no lane " + std::to_string(lane) + ", layer " + std::to_string(layer) +
+                                ", sweep " + std::to_string(back) + " before this one");
   }
 }
 
+int32_t StepChannel::rows(int32_t lane, int32_t layer, uint32_t back) const {
+  check_call(lane, layer, back);
+  return layer_rows_[(sweep_ - back) & 1U][index(lane, layer)];
+}
+
 void StepChannel::submit(int32_t lane, int32_t layer, const void* q, const void* k, const void* v) {
-  check_call(lane, layer);
   const StepShape& shape = memory_.shape();
-  const auto rows = static_cast<std::size_t>(rows_[lane]);
-  std::memcpy(memory_.q(lane, layer, sweep_), q, rows * shape.query_row_bytes());
-  std::memcpy(memory_.k(lane, layer, sweep_), k, rows * shape.kv_row_bytes());
-  std::memcpy(memory_.v(lane, layer, sweep_), v, rows * shape.kv_row_bytes());
-  submitted_[static_cast<std::size_t>(lane) * shape.layers + layer] = true;
+  const auto rows = static_cast<std::size_t>(this->rows(lane, layer));
+  if (submitted_[index(lane, layer)]) {
+    throw std::invalid_argument("lane " + std::to_string(lane) + ", layer " + std::to_string(layer) +
+                                " expects nothing in this sweep");
+  }
+  if (rows > 0) {
+    std::memcpy(memory_.q(lane, layer, sweep_), q, rows * shape.query_row_bytes());
+    std::memcpy(memory_.k(lane, layer, sweep_), k, rows * shape.kv_row_bytes());
+    std::memcpy(memory_.v(lane, layer, sweep_), v, rows * shape.kv_row_bytes());
+  }
+  submitted_[index(lane, layer)] = true;
   memory_.doorbell(lane, layer).submitted.store(sweep_, std::memory_order_release);
   ring_if_parked(memory_.header().worker_parked, memory_.header().worker_bell);
 }
 
-WaitStatus StepChannel::wait(int32_t lane, int32_t layer, void* out, int64_t timeout_us) {
-  check_call(lane, layer);
-  if (!submitted_[static_cast<std::size_t>(lane) * memory_.shape().layers + layer]) {
-    throw std::invalid_argument("wait for layer " + std::to_string(layer) + " before its submit");
+WaitStatus StepChannel::wait(int32_t lane, int32_t layer, void* out, int64_t timeout_us, uint32_t back) {
+  const auto rows = static_cast<std::size_t>(this->rows(lane, layer, back));
+  if (rows == 0 || (back == 0 && !submitted_[index(lane, layer)])) {
+    throw std::invalid_argument("nothing was submitted for lane " + std::to_string(lane) + ", layer " +
+                                std::to_string(layer));
   }
+  const uint32_t sweep = sweep_ - back;
   const std::atomic<uint32_t>& done = memory_.doorbell(lane, layer).done;
   const WaitStatus status =
-      wait_until([&] { return reached(done.load(std::memory_order_acquire), sweep_); }, timeout_us);
+      wait_until([&] { return reached(done.load(std::memory_order_acquire), sweep); }, timeout_us);
   if (status == WaitStatus::kOk) {
-    const auto bytes = static_cast<std::size_t>(rows_[lane]) * memory_.shape().query_row_bytes();
-    std::memcpy(out, memory_.o(lane, layer, sweep_), bytes);
+    std::memcpy(out, memory_.o(lane, layer, sweep), rows * memory_.shape().query_row_bytes());
   }
   return status;
 }
@@ -144,7 +175,9 @@ WaitStatus StepChannel::cancel_sweep(int64_t timeout_us) {
   ControlHeader& header = memory_.header();
   memory_.record(sweep_).cancelled.store(1, std::memory_order_release);
   std::fill(submitted_.begin(), submitted_.end(), true);
-  std::fill_n(rows_, kLanes, 0);
+  for (std::vector<int32_t>& rows : layer_rows_) {
+    std::fill(rows.begin(), rows.end(), 0);
+  }
   ring_if_parked(header.worker_parked, header.worker_bell);
   return wait_retired(sweep_, timeout_us);
 }

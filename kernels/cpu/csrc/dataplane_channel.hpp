@@ -18,11 +18,13 @@ enum class WaitStatus : int32_t {
 };
 
 // Rows of one lane: lengths [rows], tables [rows, stride]; entries past ceil(length / block_tokens) are ignored.
+// ranges [layers]: which of the rows take part in each layer; null means all of them in all layers.
 struct LaneRows {
   int32_t rows = 0;
   const int32_t* lengths = nullptr;
   const int32_t* tables = nullptr;
   int32_t table_stride = 0;
+  const LayerRange* ranges = nullptr;
 };
 
 // Not thread-safe, except abort(). Keeps no memory: the caller keeps the mappings until it is destroyed.
@@ -37,11 +39,13 @@ class StepChannel {
   WaitStatus begin_sweep(std::span<const LaneRows> lanes, int64_t timeout_us, bool device_rings = false);
   // Number of the last sweep begun.
   uint32_t sweep() const { return sweep_; }
-  int32_t rows(int32_t lane) const { return rows_[lane]; }
+  // Rows of the lane that take part in the layer, in the sweep `back` (0 or 1) before the last one begun.
+  int32_t rows(int32_t lane, int32_t layer, uint32_t back = 0) const;
 
-  // Copies one layer's q, k, v of all rows of the lane into its slot and rings.
+  // Copies one layer's q, k, v of its rows into its slot and rings.
   void submit(int32_t lane, int32_t layer, const void* q, const void* k, const void* v);
-  WaitStatus wait(int32_t lane, int32_t layer, void* out, int64_t timeout_us);
+  // Result of the layer in the sweep `back` before the last one begun, 0 or 1.
+  WaitStatus wait(int32_t lane, int32_t layer, void* out, int64_t timeout_us, uint32_t back = 0);
 
   // Ends the current sweep early; when it returns kOk the worker touches nothing of it any more.
   WaitStatus cancel_sweep(int64_t timeout_us);
@@ -59,7 +63,8 @@ class StepChannel {
   WaitStatus wait_retired(uint32_t sweep, int64_t timeout_us);
   void check_lanes(std::span<const LaneRows> lanes) const;
   void write_record(std::span<const LaneRows> lanes, uint32_t flags);
-  void check_call(int32_t lane, int32_t layer) const;
+  void check_call(int32_t lane, int32_t layer, uint32_t back) const;
+  std::size_t index(int32_t lane, int32_t layer) const;
   void freshen_doorbells();
   bool all_submitted() const;
 
@@ -67,8 +72,8 @@ class StepChannel {
   int64_t blocks_;
   int32_t spin_us_;
   uint32_t sweep_;
-  int32_t rows_[kLanes] = {};
-  std::vector<bool> submitted_;  // [lanes * layers] of the current sweep
+  std::vector<bool> submitted_;              // [lanes * layers] of the current sweep
+  std::vector<int32_t> layer_rows_[kSlots];  // [lanes * layers] of the current sweep and the one before, by sweep & 1
   std::atomic<bool> aborted_{false};
 };
 

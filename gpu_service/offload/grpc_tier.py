@@ -119,6 +119,7 @@ class GrpcHostTier(SessionTier):
     """HostTier over gRPC messages. See host_tier.HostTier for the calls."""
 
     mapped_pool = None
+    defers = False
 
     def __init__(self, shape: HostShape, options: HostTierOptions) -> None:
         self._sweep = 0
@@ -234,7 +235,8 @@ class GrpcHostTier(SessionTier):
         )
         self._send(pb.AttendRequest(step=step))
 
-    def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
+    def wait(self, lane: int, layer: int, out: torch.Tensor, back: int = 0) -> None:
+        assert not back, "a new sweep drops what is left of the one before"
         result = self._take((self._sweep, lane, layer)).result
         out.copy_(self._tensor(result.o, (out.shape[0], out.shape[1], out.shape[2])))
 

@@ -50,10 +50,13 @@ class HostRows:
     lengths: `[rows]` int32, tokens attended, the new one included.
     block_tables: `[rows, width]` int32 host block ids; entries past ceil(length / block_tokens) are
     ignored.
+    ranges: `[layers, 2]` int32, from which row to which each layer takes; None: all of them. Only
+    for lane 0 of a tier that `defers`.
     """
 
     lengths: npt.NDArray[np.int32]
     block_tables: npt.NDArray[np.int32]
+    ranges: npt.NDArray[np.int32] | None = None
 
 
 class HostTier(Protocol):
@@ -75,6 +78,11 @@ class HostTier(Protocol):
     @property
     def epoch(self) -> int:
         """Counts sessions and resumptions; a change means that sweeps in flight are void."""
+        ...
+
+    @property
+    def defers(self) -> bool:
+        """A layer may take rows of its own, and be waited for a sweep after its submit."""
         ...
 
     @property
@@ -114,12 +122,12 @@ class HostTier(Protocol):
         self, lane: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> None:
         """Start one layer's attention: `q` `[rows, query_heads, head_dim]`, `k`, `v` `[rows,
-        kv_heads, head_dim]`."""
+        kv_heads, head_dim]`, of the rows that take part in it; also where none do."""
         ...
 
-    def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
-        """Fill `out` `[rows, query_heads, head_dim]` with that layer's result. Raises
-        HostTierStalled."""
+    def wait(self, lane: int, layer: int, out: torch.Tensor, back: int = 0) -> None:
+        """Fill `out` `[rows, query_heads, head_dim]` with that layer's result, of this sweep or,
+        where the tier `defers`, with `back` 1 of the one before. Raises HostTierStalled."""
         ...
 
     def cancel_sweep(self) -> None:

@@ -18,6 +18,7 @@ class NullHostTier:
     blocks = 0
     epoch = 0
     mapped_pool = None
+    defers = False
 
     def poll(self) -> None:
         """Nothing changes."""
@@ -45,5 +46,5 @@ class NullHostTier:
     ) -> None:
         self._absent()
 
-    def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
+    def wait(self, lane: int, layer: int, out: torch.Tensor, back: int = 0) -> None:
         self._absent()

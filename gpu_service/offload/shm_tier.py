@@ -110,6 +110,8 @@ class ShmTransport:
 class ShmHostTier(SessionTier):
     """HostTier over shared memory. See host_tier.HostTier for the calls."""
 
+    defers = True
+
     def __init__(
         self, shape: HostShape, options: HostTierOptions, threads: ThreadPool | None = None
     ) -> None:
@@ -164,7 +166,9 @@ class ShmHostTier(SessionTier):
     def begin_sweep(self, lanes: Sequence[HostRows]) -> int:
         channel = self._up_channel()
         status = channel.begin_sweep(
-            [(rows.lengths, rows.block_tables) for rows in lanes], self._timeout_us
+            [(rows.lengths, rows.block_tables) for rows in lanes],
+            self._timeout_us,
+            ranges=lanes[0].ranges if lanes else None,
         )
         self._check(status, channel)
         return channel.sweep
@@ -179,11 +183,11 @@ class ShmHostTier(SessionTier):
             q, k, v = q.cpu(), k.cpu(), v.cpu()
         self._up_channel().submit(lane, layer, q, k, v)
 
-    def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
+    def wait(self, lane: int, layer: int, out: torch.Tensor, back: int = 0) -> None:
         self._check_tensor(out, "out")
         channel = self._up_channel()
         target = torch.empty_like(out, device="cpu") if out.is_cuda else out
-        self._check(channel.wait(lane, layer, target, self._timeout_us), channel)
+        self._check(channel.wait(lane, layer, target, self._timeout_us, back), channel)
         if target is not out:
             out.copy_(target)
 

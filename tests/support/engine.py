@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from gpu_service.config import GpuServiceConfig
@@ -31,6 +33,17 @@ from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
 from gpu_service.pipeline.device_kv import AttentionGeometry
 from gpu_service.scheduling.plan import Tier
 from kernels.cpu import DType, KvLayout, KvPool, ThreadPool, decode_attention
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One layer's attention that was submitted."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    tables: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int32]
 
 
 class LocalHostTier:
@@ -61,13 +74,16 @@ class LocalHostTier:
         self._mapped = mapped
         self._pool = KvPool(layout, blocks, mmap.mmap(-1, layout.pool_bytes(blocks)))
         self._lanes: Sequence[HostRows] = ()
-        self._results: dict[tuple[int, int], torch.Tensor] = {}
+        self._jobs: dict[tuple[int, int, int], _Job] = {}
+        self._sweep = 0
         self.blocks = blocks
         self.epoch = 1
         self.state = HostTierState.UP
         self.stall_at: int | None = None
         self.submits = 0
         self.closed = False
+
+    defers = True
 
     @property
     def mapped_pool(self) -> KvPool | None:
@@ -104,7 +120,8 @@ class LocalHostTier:
     def begin_sweep(self, lanes: Sequence[HostRows]) -> int:
         self._require_up()
         self._lanes = lanes
-        return 0
+        self._sweep += 1
+        return self._sweep
 
     def submit(
         self, lane: int, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -115,28 +132,39 @@ class LocalHostTier:
             if self.stall_at < 0:
                 self.state = HostTierState.DEGRADED
                 raise HostTierStalled("the test says so")
-        rows, out = self._lanes[lane], torch.empty_like(q)
+        rows = self._lanes[lane]
+        begin, end = (0, len(rows.lengths)) if rows.ranges is None else rows.ranges[layer]
+        assert len(q) == end - begin
+        self.submits += 1
+        self._jobs[self._sweep, lane, layer] = _Job(
+            q.clone(),
+            k.clone(),
+            v.clone(),
+            rows.block_tables[begin:end].copy(),
+            rows.lengths[begin:end].copy(),
+        )
+
+    def wait(self, lane: int, layer: int, out: torch.Tensor, back: int = 0) -> None:
+        """Computes now, K and V are appended now: as late as a real one may be."""
+        self._require_up()
+        job = self._jobs.pop((self._sweep - back, lane, layer))
         decode_attention(
             self._threads,
             self._pool,
             layer,
-            q,
-            k,
-            v,
-            rows.block_tables,
-            rows.lengths,
+            job.q,
+            job.k,
+            job.v,
+            job.tables,
+            job.lengths,
             out,
             scale=self._geometry.scale,
             window=self._geometry.windows[layer],
         )
-        self.submits += 1
-        self._results[lane, layer] = out
-
-    def wait(self, lane: int, layer: int, out: torch.Tensor) -> None:
-        out.copy_(self._results.pop((lane, layer)))
 
     def cancel_sweep(self) -> None:
         self._lanes = ()
+        self._jobs.clear()
 
     def close(self) -> None:
         self.closed = True

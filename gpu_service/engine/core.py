@@ -17,7 +17,7 @@ from gpu_service.engine.statistics import IterationStatistics
 from gpu_service.model.sampling import SamplingRow
 from gpu_service.offload.host_tier import HostTier
 from gpu_service.pipeline.launch import LaunchedSweep, Runner
-from gpu_service.scheduling.plan import IterationPlan, SweepResult, Tier
+from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult, Tier
 from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.scheduler import Scheduler
 
@@ -156,14 +156,16 @@ class EngineCore:
 
     def _count(self, plan: IterationPlan, result: SweepResult, started: float) -> None:
         now = self._clock()
+        hosts = {flight.key for flight in result.landed}
         for batch in plan.batches:
-            hosts = {row.key for row in batch.host_decode}
             hosts.update(row.key for row in batch.prefill if row.tier is Tier.HOST)
-            on_host = sum(key in hosts for key in result.tokens)
-            self._tokens[Tier.HOST] += on_host
-            self._tokens[Tier.GPU] += len(result.tokens) - on_host
-            if batch.host_decode and not result.void:
-                self.scheduler.observe_host_sweep(1e3 * (now - started))
+            if plan.mode is Mode.INLINE:
+                hosts.update(row.key for row in batch.host_decode)
+        on_host = sum(key in hosts for key in result.tokens)
+        self._tokens[Tier.HOST] += on_host
+        self._tokens[Tier.GPU] += len(result.tokens) - on_host
+        if any(batch.host_decode for batch in plan.batches) and not result.void:
+            self.scheduler.observe_host_sweep(1e3 * (now - started), plan.mode)
         self.scheduler.update(plan, result, now)
         self._statistics.observe(now - started, len(result.tokens))
         if self.observe is not None:

@@ -71,9 +71,15 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
     ready = [
         choice
         for choice in state.running
-        if choice.tier and state.usable(choice.tier) and not choice.is_ending
+        if choice.tier
+        and state.usable(choice.tier)
+        and not choice.is_ending
+        and choice.flight is None
     ]
     decoding = [choice for choice in ready if choice.is_decoding]
+    if state.limits.cohorts:
+        starting = cohort(state, [choice for choice in decoding if choice.tier is Tier.HOST])
+        decoding = [c for c in decoding if c.tier is Tier.GPU or c in starting]
     for choice in _fair(decoding, batch.budget):
         batch.add(choice)
     for choice in ready:
@@ -81,6 +87,21 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
             return
         if not choice.is_decoding:
             batch.add(choice)
+
+
+def cohort(state: SchedulerState, ready: Sequence[Choice]) -> set[Choice]:
+    """Who of the host's choices starts its next token in this sweep: those that have waited
+    longest, up to one cohort's share of the KV there, so that the host has as much to read in one
+    layer as in another."""
+    share = sum(c.length for c in state.running if c.tier is Tier.HOST) / state.limits.cohorts
+    starting: set[Choice] = set()
+    tokens = 0
+    for choice in sorted(ready, key=lambda choice: choice.last_planned):
+        if starting and tokens + choice.length / 2 > share:
+            break
+        starting.add(choice)
+        tokens += choice.length
+    return starting
 
 
 def _fair(choices: Sequence[Choice], budget: int) -> Sequence[Choice]:

@@ -28,6 +28,8 @@ class SchedulerLimits:
     eos_token_ids: frozenset[int] = frozenset()
     lease_seconds: float = 30.0
     """How long choices whose KV is on a host tier that went away wait for it."""
+    cohorts: int = 0
+    """Sweeps that a host row takes in deferred mode; 0: it takes one, and deferred mode is off."""
     force_migration_every: int = 0
     """Testing aid: every that many iterations some choice changes its tier; 0 means never."""
 
@@ -42,7 +44,13 @@ class SchedulerLimits:
             raise ValueError(
                 f"offload must be one of {', '.join(OFFLOAD_POLICIES)}, not {self.offload}"
             )
-        for name in ("gpu_blocks", "host_blocks", "lease_seconds", "force_migration_every"):
+        for name in (
+            "gpu_blocks",
+            "host_blocks",
+            "lease_seconds",
+            "force_migration_every",
+            "cohorts",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         for name in ("block_tokens", "max_batch_tokens", "max_running", "max_context_tokens"):

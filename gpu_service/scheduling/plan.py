@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,13 +36,26 @@ class Mode(enum.Enum):
     """How a sweep is laid out in time; one pipeline module for each.
 
     INLINE: one sub-batch; every layer waits for its own host rows (none of them: a plain GPU-only
-    sweep)."""
+    sweep).
+    DEFERRED: one sub-batch; host rows go on by one layer a sweep, and their attention has until the
+    next one. The plan's host rows are those that start."""
 
     INLINE = "inline"
+    DEFERRED = "deferred"
 
 
 PENDING_TOKEN = -1
 """Stands for a token that has been drawn on the device and not been heard of yet."""
+
+
+class Flight(NamedTuple):
+    """A host row on its way through the layers, in deferred mode."""
+
+    key: int
+    """The choice."""
+    started: int
+    """Number of the plan that it started with: a choice may start anew while an earlier row of it,
+    whose result nobody wants any more, is still under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +141,12 @@ class IterationPlan:
     mode: Mode
     migrations: tuple[Migration, ...]
     batches: tuple[SubBatch, ...]
-    """Lane i of the host tier serves `batches[i]`. INLINE has at most one."""
+    """Lane i of the host tier serves `batches[i]`. INLINE and DEFERRED have at most one."""
 
     @property
     def is_empty(self) -> bool:
-        return not self.migrations and not self.batches
+        """A deferred sweep without rows of its own moves those on that are under way."""
+        return not self.migrations and not self.batches and self.mode is Mode.INLINE
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +179,9 @@ class SweepResult:
     """Choices whose migration failed half-way: their KV is gone."""
     failed: Mapping[int, Failure] = field(default_factory=dict)
     """Choices whose request ends."""
+    landed: tuple[Flight, ...] = ()
+    """Deferred mode: rows of this plan or of earlier ones that are under way no more. Those of
+    choices in `void` have come to nothing."""
     prompt_logprobs: Mapping[int, list[TokenLogprob]] = field(default_factory=dict)
     """Choice -> one for each of the row's `logprob_targets`."""
     device_seconds: float = 0.0

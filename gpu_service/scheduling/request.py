@@ -6,7 +6,7 @@ import enum
 
 from gpu_service.engine.messages import SamplingSpec, Submit
 from gpu_service.kv.table import BlockTable
-from gpu_service.scheduling.plan import PENDING_TOKEN, Tier
+from gpu_service.scheduling.plan import PENDING_TOKEN, Flight, Tier
 
 
 class ChoiceState(enum.Enum):
@@ -37,6 +37,7 @@ class Choice:
     __slots__ = (
         "__weakref__",
         "computed",
+        "flight",
         "forgotten",
         "index",
         "key",
@@ -67,6 +68,9 @@ class Choice:
         """Tokens drawn by sweeps whose results have not come yet."""
         self.forgotten = 0
         """Results of sweeps up to this number do not count: its KV was thrown away after them."""
+        self.flight: Flight | None = None
+        """Deferred mode: its newest token is on its way through the layers, and pending. It stays
+        where it is until that has come."""
         self.last_planned = 0
         """Number of the last iteration that took this choice along."""
 

@@ -34,6 +34,7 @@ def grow(state: SchedulerState) -> list[Migration]:
             # A choice that made room for an older one has moved on or waits.
             while (
                 choice.tier is tier
+                and choice.flight is None
                 and not choice.is_ending
                 and not state.reserve(choice, choice.length)
             ):
@@ -50,7 +51,8 @@ def _make_room(state: SchedulerState, tier: Tier) -> Migration | None:
     for choice in newest_first if tier is Tier.GPU else residents:
         if may_move(state, choice):
             return state.migrate(choice)
-    state.preempt(newest_first[0])
+    # Blocks of a choice that is under way would not be free yet; whoever asks for room is not.
+    state.preempt(next(choice for choice in newest_first if choice.flight is None))
     return None
 
 
@@ -59,7 +61,8 @@ def may_move(state: SchedulerState, choice: Choice) -> bool:
     assert choice.tier is not None
     target = choice.tier.other
     blocks = blocks_for(choice.length, state.limits.block_tokens)
-    return state.host_up and target in choice.request.tiers and state.fits(target, blocks)
+    settled = state.host_up and choice.flight is None
+    return settled and target in choice.request.tiers and state.fits(target, blocks)
 
 
 def promote(state: SchedulerState) -> list[Migration]:
@@ -67,7 +70,8 @@ def promote(state: SchedulerState) -> list[Migration]:
     for choice in state.running_on(Tier.HOST):
         # A choice that prefers the host stays there.
         nearly_done = choice.final_length - choice.length < PROMOTION_WORTH_TOKENS
-        if choice.request.tiers[0] is not Tier.GPU or nearly_done or not state.host_up:
+        stays = nearly_done or choice.flight is not None or choice.request.tiers[0] is not Tier.GPU
+        if stays or not state.host_up:
             continue
         blocks = blocks_for(
             choice.length_after(PROMOTION_HORIZON_TOKENS), state.limits.block_tokens
@@ -90,6 +94,7 @@ def force(state: SchedulerState, iteration: int) -> list[Migration]:
         allowed = choice.request.submit.placement != "gpu_only"
         target = choice.tier.other if choice.tier else Tier.GPU
         blocks = blocks_for(choice.length, state.limits.block_tokens)
-        if allowed and choice.computed and state.host_up and state.fits(target, blocks):
+        settled = state.host_up and choice.flight is None
+        if allowed and choice.computed and settled and state.fits(target, blocks):
             return [state.migrate(choice)]
     return []

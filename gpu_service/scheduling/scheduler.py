@@ -149,11 +149,13 @@ class Scheduler:
             self._unstarted.pop(request.request_id, None)
             if request.first_planned is None:
                 request.first_planned = now
+        batches = batch.build()
+        defer = state.flights or (self.limits.cohorts and any(b.host_decode for b in batches))
         return IterationPlan(
             number=self.iterations,
-            mode=Mode.INLINE,
+            mode=Mode.DEFERRED if defer else Mode.INLINE,
             migrations=self._still_valid(migrations),
-            batches=batch.build(),
+            batches=batches,
         )
 
     def _still_valid(self, migrations: list[Migration]) -> tuple[Migration, ...]:
@@ -174,7 +176,7 @@ class Scheduler:
 
         Not so with host rows, whose results may be void; nor where the next draw depends on the
         last."""
-        return all(
+        return not self.state.flights and all(
             choice.tier is Tier.GPU and not choice.request.follows_output
             for choice in self.state.running
         )
@@ -187,6 +189,9 @@ class Scheduler:
                 self._launch(chunk.key, len(chunk.token_ids))
             for row in itertools.chain(batch.gpu_decode, batch.host_decode):
                 self._launch(row.key, 1)
+            if plan.mode is Mode.DEFERRED:
+                for row in batch.host_decode:
+                    self.state.take_off(self.state.running_by_key[row.key], plan.number)
 
     def _launch(self, key: int, tokens: int) -> None:
         choice = self.state.running_by_key[key]
@@ -207,13 +212,19 @@ class Scheduler:
                 self._arrive(plan, chunk.key, chunk.tier, len(chunk.token_ids), result, now)
             for row in batch.gpu_decode:
                 self._arrive(plan, row.key, Tier.GPU, 1, result, now)
-            for row in batch.host_decode:
-                self._arrive(plan, row.key, Tier.HOST, 1, result, now)
+            if plan.mode is Mode.INLINE:
+                for row in batch.host_decode:
+                    self._arrive(plan, row.key, Tier.HOST, 1, result, now)
+        for flight in result.landed:
+            if self.state.land(flight) is not None:
+                self._arrive(plan, flight.key, Tier.HOST, 1, result, now)
 
-    def observe_host_sweep(self, milliseconds: float) -> None:
-        """How long an iteration with host decode rows took; decides who may promise a tpot on the
-        host tier."""
+    def observe_host_sweep(self, milliseconds: float, mode: Mode) -> None:
+        """How long an iteration with host decode rows took, of which a row takes as many as there
+        are cohorts; decides who may promise a tpot on the host tier."""
         average = self.state.host_sweep_ms
+        if mode is Mode.DEFERRED:
+            milliseconds *= self.limits.cohorts
         self.state.host_sweep_ms = (
             milliseconds
             if average is None

@@ -7,13 +7,14 @@ so the invariants of `check_integrity` hold whatever is decided.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable
 
 from gpu_service.engine.messages import Submit
 from gpu_service.kv.allocator import BlockAllocator
 from gpu_service.kv.table import BlockTable, blocks_for
 from gpu_service.scheduling.limits import SchedulerLimits
-from gpu_service.scheduling.plan import Migration, Tier
+from gpu_service.scheduling.plan import Flight, Migration, Tier
 from gpu_service.scheduling.request import Choice, ChoiceState, Request
 from gpu_service.scheduling.waiting import WaitingQueue
 
@@ -37,6 +38,9 @@ class SchedulerState:
         (a stopped peer may still write into blocks that it was told of)."""
         self.host_sweep_ms: float | None = None
         """Moving average of iterations with host decode rows; None until there was one."""
+        self.flights: dict[Flight, list[int]] = {}
+        """Deferred mode: rows under way, and the host blocks that wait for each: given up by their
+        choice, but the host may still append to them."""
         self.launched = 0
         """Number of the last sweep whose results may still come."""
         self.recomputations = 0
@@ -132,6 +136,7 @@ class SchedulerState:
         The caller has checked that they fit. Blocks that other choices share stay with them."""
         source = choice.tier
         assert source is not None
+        assert choice.flight is None
         target, size = source.other, self.limits.block_tokens
         table = BlockTable(self.pools[target].allocate(blocks_for(choice.length, size)))
         filled = blocks_for(choice.computed, size)
@@ -191,12 +196,32 @@ class SchedulerState:
     def _release(self, choice: Choice) -> None:
         assert choice.state is ChoiceState.RUNNING
         assert choice.tier is not None
-        self.pools[choice.tier].free(choice.table.tolist())
+        if choice.flight is None:
+            self.pools[choice.tier].free(choice.table.tolist())
+        else:
+            self.flights[choice.flight] = choice.table.tolist()
+            choice.flight = None
         choice.tier, choice.table = None, BlockTable()
         del self.running_by_key[choice.key]
         place = bisect.bisect_left(self.running, choice.order, key=lambda c: c.order)
         assert self.running[place] is choice
         del self.running[place]
+
+    def take_off(self, choice: Choice, number: int) -> None:
+        """The choice's newest token is under way, started by that plan."""
+        assert choice.tier is Tier.HOST
+        assert choice.flight is None
+        choice.flight = Flight(choice.key, number)
+        self.flights[choice.flight] = []
+
+    def land(self, flight: Flight) -> Choice | None:
+        """The row is under way no more; returns its choice, if that still waits for it."""
+        self.pools[Tier.HOST].free(self.flights.pop(flight))
+        choice = self.running_by_key.get(flight.key)
+        if choice is None or choice.flight != flight:
+            return None
+        choice.flight = None
+        return choice
 
     # -- integrity ---------------------------------------------------------------------------
 
@@ -204,7 +229,10 @@ class SchedulerState:
         """Assert that nothing leaked and that nobody is in two places. O(all blocks): for tests and
         idle times."""
         for tier, pool in self.pools.items():
-            pool.check_integrity(c.table.tolist() for c in self.running if c.tier is tier)
+            held = self.flights.values() if tier is Tier.HOST else ()
+            tables = (c.table.tolist() for c in self.running if c.tier is tier)
+            pool.check_integrity(itertools.chain(tables, held))
+        assert {c.flight for c in self.running if c.flight} <= self.flights.keys()
         choices = [c for r in self.requests.values() for c in r.choices]
         self._check_members(choices, ChoiceState.RUNNING, self.running)
         self._check_members(choices, ChoiceState.WAITING, self.waiting)

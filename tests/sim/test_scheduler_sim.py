@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -9,7 +10,7 @@ import pytest
 
 from gpu_service.engine.messages import Submit
 from gpu_service.offload.host_tier import HostTierState
-from gpu_service.scheduling.plan import IterationPlan, SweepResult, Tier
+from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult, Tier
 from gpu_service.scheduling.scheduler import Scheduler
 from tests.support.fake_model import Machine, expected_output, limits, submit, token_at
 
@@ -51,13 +52,34 @@ def check_outputs(machine: Machine, requests: list[Submit]) -> None:
         assert usage.gpu_tokens + usage.host_tokens == tokens
 
 
+COHORTS = (0, 1, 3, 9)
+"""0: host rows are part of one sweep; else they take as many."""
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("offload", ["never", "auto", "always"])
-def test_every_request_gets_its_tokens_once(seed: int, offload: str) -> None:
+@pytest.mark.parametrize("cohorts", COHORTS)
+def test_every_request_gets_its_tokens_once(seed: int, offload: str, cohorts: int) -> None:
     requests = workload(seed, 24)
-    machine = run_all(requests, offload=offload)
+    machine = run_all(requests, offload=offload, cohorts=cohorts)
     assert not machine.refused
     check_outputs(machine, requests)
+    deferred = any(plan.mode is Mode.DEFERRED for plan in machine.plans)
+    assert deferred == (cohorts > 0 and offload != "never")
+
+
+def test_cohorts_share_the_host_s_work() -> None:
+    """Once all run, each sweep starts about as many tokens of KV as another."""
+    requests = [submit(f"r{i}", 12 + i % 9, 60) for i in range(16)]
+    machine = run_all(requests, offload="always", cohorts=4, host_blocks=400, max_batch_tokens=400)
+    started = [
+        sum(row.length for batch in plan.batches for row in batch.host_decode)
+        for plan in machine.plans
+    ]
+    steady = started[8:-30]
+    assert len(steady) > 100
+    for one, next_one in itertools.pairwise(steady):
+        assert 0.75 < one / next_one < 1.33, steady
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -93,25 +115,31 @@ def test_a_row_behind_the_end_of_its_choice_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_forced_migration_changes_no_token(every: int) -> None:
+@pytest.mark.parametrize("cohorts", COHORTS)
+def test_forced_migration_changes_no_token(every: int, cohorts: int) -> None:
     requests = workload(7, 16)
-    machine = run_all(requests, force_migration_every=every)
+    machine = run_all(requests, force_migration_every=every, cohorts=cohorts)
     check_outputs(machine, requests)
     moved = sum(machine.scheduler.state.migrations.values())
-    assert moved > len(machine.plans) // (4 * every)
+    assert moved > len(machine.plans) // (4 * max(every, cohorts))
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 24, 500])
-def test_any_token_budget_works(budget: int) -> None:
+@pytest.mark.parametrize("cohorts", [0, 5])
+def test_any_token_budget_works(budget: int, cohorts: int) -> None:
     requests = workload(3, 10)
-    check_outputs(run_all(requests, max_batch_tokens=budget), requests)
+    check_outputs(run_all(requests, max_batch_tokens=budget, cohorts=cohorts), requests)
 
 
 @pytest.mark.parametrize("gpu_blocks", [13, 14, 40])
 @pytest.mark.parametrize("host_blocks", [0, 13, 100])
-def test_any_pool_that_holds_the_longest_request_works(gpu_blocks: int, host_blocks: int) -> None:
+@pytest.mark.parametrize("cohorts", [0, 5])
+def test_any_pool_that_holds_the_longest_request_works(
+    gpu_blocks: int, host_blocks: int, cohorts: int
+) -> None:
     requests = [r for r in workload(5, 14, 28) if r.sampling.n == 1]
-    check_outputs(run_all(requests, gpu_blocks=gpu_blocks, host_blocks=host_blocks), requests)
+    pools = {"gpu_blocks": gpu_blocks, "host_blocks": host_blocks}
+    check_outputs(run_all(requests, cohorts=cohorts, **pools), requests)
 
 
 def test_a_gpu_pool_smaller_than_a_prompt_serves_it_from_the_host() -> None:
@@ -205,10 +233,11 @@ def test_promotion_and_demotion_do_not_ping_pong(seed: int) -> None:
 
 @pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_aborts_leave_nothing_behind(seed: int, look_ahead: bool) -> None:
+@pytest.mark.parametrize("cohorts", [0, 4])
+def test_random_aborts_leave_nothing_behind(seed: int, look_ahead: bool, cohorts: int) -> None:
     draw = random.Random(seed)
     requests = workload(seed + 50, 30)
-    bounds = limits(force_migration_every=draw.choice((0, 3)))
+    bounds = limits(force_migration_every=draw.choice((0, 3)), cohorts=cohorts)
     machine = Machine(Scheduler(bounds), look_ahead=look_ahead)
     waiting, aborted = list(requests), set()
     while waiting or machine.scheduler.live_requests:
@@ -230,12 +259,15 @@ def test_random_aborts_leave_nothing_behind(seed: int, look_ahead: bool) -> None
 
 @pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_stalls_lost_migrations_and_outages_lose_nothing(seed: int, look_ahead: bool) -> None:
+@pytest.mark.parametrize("cohorts", [0, 4])
+def test_stalls_lost_migrations_and_outages_lose_nothing(
+    seed: int, look_ahead: bool, cohorts: int
+) -> None:
     """Void rows are repeated, lost KV is computed again, and choices on the host wait out an
     outage."""
     draw = random.Random(seed)
     requests = workload(seed + 90, 20)
-    bounds = limits(force_migration_every=draw.choice((0, 4)))
+    bounds = limits(force_migration_every=draw.choice((0, 4)), cohorts=cohorts)
     machine = Machine(Scheduler(bounds), look_ahead=look_ahead)
     for request in requests:
         machine.submit(request)
@@ -245,16 +277,20 @@ def test_stalls_lost_migrations_and_outages_lose_nothing(seed: int, look_ahead: 
         lost = frozenset(m.key for m in plan.migrations if draw.random() < 0.3)
         if draw.random() < 0.8 and not lost:
             return result
-        return SweepResult(
+        if plan.mode is Mode.DEFERRED:
+            keys = []  # `machine.stalls` spoils those, and rows of earlier plans
+        return dataclasses.replace(
+            result,
             tokens={k: t for k, t in result.tokens.items() if k not in keys and k not in lost},
-            void=frozenset(keys),
+            void=result.void | frozenset(keys),
             lost=lost,
         )
 
     for _ in range(3000):
         if not machine.scheduler.live_requests:
             break
-        machine.host = HostTierState.DEGRADED if draw.random() < 0.2 else HostTierState.UP
+        machine.host = HostTierState.DEGRADED if draw.random() < 0.1 else HostTierState.UP
+        machine.stalls = draw.random() < 0.1
         machine.step(spoil)
     machine.check_empty()
     assert not machine.refused

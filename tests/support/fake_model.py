@@ -14,7 +14,9 @@ from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import (
     PENDING_TOKEN,
+    Flight,
     IterationPlan,
+    Mode,
     SampledToken,
     SweepResult,
     Tier,
@@ -85,6 +87,18 @@ class Books:
     """(tier, block) -> offset -> the tokens up to and including that one."""
 
 
+@dataclass
+class Airborne:
+    """A host row under way in deferred mode: from now until it lands the host may append to its
+    table, whether or not anybody still wants it."""
+
+    table: list[int]
+    tokens: tuple[int, ...]
+    """Known ones, the row's own the last."""
+    sweeps: int
+    """How many more."""
+
+
 Spoil = Callable[[IterationPlan, SweepResult], SweepResult]
 
 
@@ -114,6 +128,9 @@ class Machine:
         self._seconds = seconds
         self._books = Books()
         self._look_ahead = look_ahead
+        self._air: dict[Flight, Airborne] = {}
+        self.stalls = False
+        """The host tier does not answer in time: rows under way come to nothing."""
         self._flight: tuple[IterationPlan, SweepResult] | None = None
         self.looked_ahead = 0
 
@@ -166,7 +183,11 @@ class Machine:
         raise AssertionError("requests starve")
 
     def check_empty(self) -> None:
-        """Nothing is held any more."""
+        """Nothing is held any more, once what is under way has landed."""
+        self.host, self.stalls = HostTierState.UP, False
+        for _ in range(self.scheduler.limits.cohorts):
+            self.step()
+        assert not self._air
         for pool in self.scheduler.state.pools.values():
             assert pool.used_count == 0, "blocks leaked"
 
@@ -196,6 +217,7 @@ class Machine:
                 self._books.stored[move.target, int(new)] = dict(kept)
         tokens: dict[int, SampledToken] = {}
         logprobs: dict[int, list[TokenLogprob]] = {}
+        landed, void = self._fly(plan, tokens)
         for batch in plan.batches:
             for chunk in batch.prefill:
                 if chunk.logprob_targets:
@@ -206,7 +228,8 @@ class Machine:
                 if chunk.samples:
                     tokens[chunk.key] = self._next(chunk.key, end)
             decode = [(Tier.GPU, r) for r in batch.gpu_decode]
-            decode += [(Tier.HOST, r) for r in batch.host_decode]
+            if plan.mode is Mode.INLINE:
+                decode += [(Tier.HOST, r) for r in batch.host_decode]
             for tier, row in decode:
                 start = row.length - 1
                 choice = self.scheduler.state.running_by_key[row.key]
@@ -214,7 +237,45 @@ class Machine:
                 assert row.token_id == known
                 self._store(row.key, tier, row.blocks, start, row.length, size)
                 tokens[row.key] = self._next(row.key, row.length)
-        return SweepResult(tokens=tokens, prompt_logprobs=logprobs)
+        return SweepResult(tokens=tokens, prompt_logprobs=logprobs, landed=landed, void=void)
+
+    def _fly(
+        self, plan: IterationPlan, tokens: dict[int, SampledToken]
+    ) -> tuple[tuple[Flight, ...], frozenset[int]]:
+        """Move on what is under way; which rows have landed, and which of them have come to
+        nothing."""
+        if plan.mode is Mode.INLINE:
+            assert not self._air, "rows are under way, and nobody moves them on"
+            return (), frozenset()
+        for batch in plan.batches:
+            for row in batch.host_decode:
+                known = self._known(row.key)
+                choice = self.scheduler.state.running_by_key[row.key]
+                assert row.token_id == (PENDING_TOKEN if choice.pending else known[-1])
+                table = [int(block) for block in row.blocks]
+                sweeps = self.scheduler.limits.cohorts
+                self._air[Flight(row.key, plan.number)] = Airborne(table, known, sweeps)
+        void = self.stalls or self.host is not HostTierState.UP
+        landed = []
+        for flight, row in self._air.items():
+            row.sweeps -= 1
+            if not void:
+                self._append(row)
+            if void or row.sweeps == 0:
+                landed.append(flight)
+                if not void and flight.key in self.scheduler.state.running_by_key:
+                    tokens[flight.key] = self._next(flight.key, len(row.tokens))
+        for flight in landed:
+            del self._air[flight]
+        return tuple(landed), frozenset(f.key for f in landed if void)
+
+    def _append(self, row: Airborne) -> None:
+        size, last = self.scheduler.limits.block_tokens, len(row.tokens) - 1
+        for position in range(last):
+            place = self._books.stored.get((Tier.HOST, row.table[position // size]), {})
+            assert place.get(position % size) == row.tokens[: position + 1], "wrong KV is read"
+        place = self._books.stored.setdefault((Tier.HOST, row.table[last // size]), {})
+        place[last % size] = row.tokens
 
     def _known(self, key: int) -> tuple[int, ...]:
         choice = self.scheduler.state.running_by_key[key]

@@ -9,7 +9,7 @@ import pytest
 
 from gpu_service.engine.messages import TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
-from gpu_service.scheduling.plan import Failure, IterationPlan, SweepResult, Tier
+from gpu_service.scheduling.plan import Failure, IterationPlan, Mode, SweepResult, Tier
 from gpu_service.scheduling.scheduler import Scheduler
 from neo_common.errors import Reason
 from tests.support.fake_model import Machine, expected_output, limits, submit, token_at
@@ -90,7 +90,7 @@ def test_a_tpot_that_the_host_is_not_known_to_meet_keeps_a_request_off_it() -> N
     machine.submit(targeted)
     machine.step()
     assert tiers(machine)["a"] is Tier.GPU
-    machine.scheduler.observe_host_sweep(10.0)
+    machine.scheduler.observe_host_sweep(10.0, Mode.INLINE)
     machine.submit(type(targeted)(**{**_fields(targeted), "request_id": "b"}))
     machine.step()
     assert tiers(machine)["b"] is Tier.HOST

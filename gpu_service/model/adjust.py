@@ -44,7 +44,7 @@ def adjusted(
     Order: repetition penalty, frequency and presence penalties, bias, then the tokens masked by
     `min_tokens`.
     """
-    penalised = [i for i, row in enumerate(rows) if _is_penalised(row.spec)]
+    penalised = [i for i, row in enumerate(rows) if is_penalised(row.spec)]
     biased = [i for i, row in enumerate(rows) if row.spec.logit_bias]
     muted = [i for i, row in enumerate(rows) if positions[i] < row.spec.min_tokens]
     if not (penalised or biased or muted):
@@ -63,7 +63,8 @@ def adjusted(
     return logits
 
 
-def _is_penalised(spec: SamplingSpec) -> bool:
+def is_penalised(spec: SamplingSpec) -> bool:
+    """Its logits depend on which tokens prompt and output have."""
     return (
         spec.repetition_penalty != 1.0
         or spec.presence_penalty != 0.0

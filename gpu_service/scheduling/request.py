@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 
-from gpu_service.engine.messages import SamplingSpec, Submit
+from gpu_service.engine.messages import Submit
 from gpu_service.kv.table import BlockTable
+from gpu_service.model.sampling_limits import draws_on_device
 from gpu_service.scheduling.plan import PENDING_TOKEN, Flight, Tier
 
 
@@ -148,7 +149,7 @@ class Request:
         """Moves, by the tier they went to."""
         self.recomputations = 0
         self.cached_prompt_tokens = 0
-        self.follows_output = _follows_output(submit.sampling)
+        self.follows_output = not draws_on_device(submit.sampling)
         """Its next draw needs to know its output on the host."""
         self.wants_prompt_logprobs = submit.sampling.prompt_logprobs is not None
         """Turns False once they have been told."""
@@ -160,13 +161,3 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
-
-
-def _follows_output(sampling: SamplingSpec) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-        or sampling.logprobs is not None
-        or sampling.prompt_logprobs is not None
-    )

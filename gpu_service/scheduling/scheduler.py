@@ -174,8 +174,8 @@ class Scheduler:
     def may_look_ahead(self) -> bool:
         """The next iteration can be decided without the result of the one that runs.
 
-        Not so with host rows, whose results may be void; nor where the next draw depends on the
-        last."""
+        Not so with host rows, whose results may be void; nor where the next draw is not the
+        device's own and depends on the last."""
         return not self.state.flights and all(
             choice.tier is Tier.GPU and not choice.request.follows_output
             for choice in self.state.running
@@ -308,7 +308,8 @@ class Scheduler:
             return
         collected = self._prompt_logprobs.setdefault(choice.key, [])
         collected.extend(result.prompt_logprobs.get(choice.key, ()))
-        if choice.computed >= len(request.prompt):
+        # Not by what is computed: the sweep that computes the rest may still be running.
+        if len(collected) == len(request.prompt) - 1:
             self._news.prompt(request, self._prompt_logprobs.pop(choice.key))
             request.wants_prompt_logprobs = False
 

@@ -220,7 +220,8 @@ def _remember(token, row, position, slots_ptr, history_ptr, recent_ptr, VOCAB: t
     last = tl.load(recent)
     is_next = (slot >= 0) & (last >= 0) & (tl.load(recent + 1) == position - 1)
     entry = history_ptr + tl.maximum(slot, 0).to(tl.int64) * VOCAB + last
-    tl.store(entry, tl.load(entry, mask=is_next, other=0) + 2, mask=is_next)
+    seen = tl.load(entry, mask=is_next, other=0).to(tl.int32)
+    tl.store(entry, tl.minimum(seen + 2, 32764 + (seen & 1)).to(tl.int16), mask=is_next)
     tl.debug_barrier()
     tl.store(recent, token, mask=slot >= 0)
     tl.store(recent + 1, position, mask=slot >= 0)

@@ -119,7 +119,7 @@ class Sampler:
         self._check_rows(logits, inputs.count, inputs.reach)
         history = history or self._no_history
         if history is not self._no_history:
-            check("history", history.table, (-1, self.vocabulary), torch.int32)
+            check("history", history.table, (-1, self.vocabulary), torch.int16)
         if inputs.count:
             self._launch(logits, out, inputs, history, inputs.count, adjust=True)
 

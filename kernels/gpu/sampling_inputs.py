@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.gpu.sampling_kernels import OUTPUT, PROMPT
+from kernels.gpu.sampling_kernels import MOST_OUTPUTS, OUTPUT, PROMPT
 
 NEVER = float("-inf")
 """As an edit: the token cannot be drawn."""
@@ -151,28 +151,31 @@ def _numbers(wishes: Sequence[RowWish]) -> npt.NDArray[np.float64]:
 
 class History:
     """Which tokens prompts and outputs of penalised requests have, in `slots` rows of the
-    vocabulary (512 KiB each for 128k tokens).
+    vocabulary (256 KiB each for 128k tokens).
 
     The sampler counts what it draws by itself: the token of position p once the slot is sampled at
     p + 1. So a sweep may be repeated, and a last draw be dropped.
     """
 
     def __init__(self, slots: int, vocabulary: int, device: torch.device | str) -> None:
-        self.table = torch.zeros((slots, vocabulary), dtype=torch.int32, device=device)
+        self.table = torch.zeros((slots, vocabulary), dtype=torch.int16, device=device)
         self.recent = torch.zeros((slots, 2), dtype=torch.int32, device=device)
         self._pin = self.table.device.type == "cuda"
 
     def start(self, slot: int, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
         """Give `slot` to a request that has said `output` so far. Does not wait for the device."""
+        said, counts = np.unique(np.asarray(output, np.int64), return_counts=True)
+        seen = np.union1d(np.asarray(prompt, np.int64), said)
+        entries = np.zeros(len(seen), np.int16)
+        entries[np.searchsorted(seen, said)] = OUTPUT * np.minimum(counts, MOST_OUTPUTS)
+        entries[np.isin(seen, np.asarray(prompt, np.int64))] += PROMPT
         row = self.table[slot]
         row.zero_()
-        row.index_fill_(0, self._ids(prompt), PROMPT)
-        if output:
-            ids = self._ids(output)
-            row.index_add_(0, ids, torch.full_like(ids, OUTPUT, dtype=torch.int32))
+        row.index_copy_(0, self._sent(seen), self._sent(entries))
         # No position follows it: nothing is pending.
         self.recent[slot] = -2
 
-    def _ids(self, tokens: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor(tokens, dtype=torch.int64, pin_memory=self._pin)
-        return ids.to(self.table.device, non_blocking=True)
+    def _sent(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        host = torch.from_numpy(values)
+        host = host.pin_memory() if self._pin else host
+        return host.to(self.table.device, non_blocking=True)

@@ -14,7 +14,9 @@ import triton.language as tl
 PROMPT = 1
 """Set in a history entry of a token that the prompt has; outputs count above it."""
 OUTPUT = 2
-"""Added to a history entry for each time that the output has the token."""
+"""Added to a history entry for each time that the output has the token..."""
+MOST_OUTPUTS = 16_382
+"""... up to as many as fit into 16 bits, long past what a penalty can make any difference to."""
 
 
 @triton.jit
@@ -23,7 +25,7 @@ def _penalised(
 ):
     """Logits after repetition, frequency and presence penalties, as gpu_service.model.adjust."""
     entry = history_ptr + slot.to(tl.int64) * VOCAB + at
-    seen = tl.load(entry, mask=ok, other=0)
+    seen = tl.load(entry, mask=ok, other=0).to(tl.int32)
     # The token before this one is counted once its row comes back: a sweep that is repeated draws
     # anew, and must not count twice.
     last = tl.load(recent_ptr + 2 * slot)
@@ -47,7 +49,7 @@ def _best_kernel(
     numbers_ptr,  # fp32 [5, max_rows]: repetition, frequency, presence, temperature, floor
     positions_ptr,  # int32 [rows]
     slots_ptr,  # int32 [rows]; -1: no penalties
-    history_ptr,  # int32 [slots, VOCAB]
+    history_ptr,  # int16 [slots, VOCAB]
     recent_ptr,  # int32 [slots, 2]: the last token drawn, and its position
     first_edits_ptr,  # int32 [rows + 1]
     edit_pairs_ptr,  # int32 [edits, 2]: the token, and the bits of an fp32

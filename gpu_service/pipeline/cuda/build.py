@@ -14,6 +14,7 @@ from gpu_service.pipeline.cuda.graphs import SweepGraphs
 from gpu_service.pipeline.cuda.inputs import InputLimits, SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import TritonDeviceKv, layout_of
 from gpu_service.pipeline.cuda.runner import CudaSweeps
+from gpu_service.pipeline.cuda.sampling import DeviceDraws
 from gpu_service.pipeline.cuda.shapes import ShapeTable, shape_table
 from gpu_service.pipeline.device_kv import AttentionGeometry
 
@@ -41,6 +42,7 @@ class CudaLimits:
 class _Buffers:
     inputs: SweepInputs
     activations: Activations
+    draws: DeviceDraws
 
 
 def open_cuda(
@@ -62,7 +64,10 @@ def open_cuda(
     graphs = SweepGraphs()
     if model.device.type == "cuda":
         graphs.capture(forward, table, progress)
-    return kv, CudaSweeps(model, table, buffers.inputs, buffers.activations, forward, graphs)
+    sweeps = CudaSweeps(
+        model, table, buffers.inputs, buffers.activations, buffers.draws, forward, graphs
+    )
+    return kv, sweeps
 
 
 def _buffers(
@@ -79,7 +84,9 @@ def _buffers(
     inputs.sources.fill_(-1)
     # Not zeros: the arithmetic's speed depends on what is multiplied.
     inputs.token_ids.random_(model.spec.vocab_size)
-    return _Buffers(inputs, Activations(model, rows, sequences, (sequences, width)))
+    activations = Activations(model, rows, sequences, limits.max_running, (sequences, width))
+    draws = DeviceDraws(activations.sampler, model.spec.eos_token_ids, model.device)
+    return _Buffers(inputs, activations, draws)
 
 
 def _warm_up(
@@ -90,7 +97,8 @@ def _warm_up(
     cache = DeviceCache(layout, layout.allocate(model.dtype, model.device))
     forward = Forward(model, geometry, cache, buffers.inputs, buffers.activations, (1,))
     forward.run(SweepShape(1, limits.max_batch_tokens, 1), limits.max_batch_tokens)
-    buffers.activations.logits.float()
+    logits = model.logits(buffers.activations.residual[: buffers.draws.prompt_rows])
+    buffers.draws.warm_up(buffers.activations.logits, buffers.activations.drawn, logits)
     torch.cuda.synchronize(model.device)
 
 

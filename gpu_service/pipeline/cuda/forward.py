@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gpu_service.model.model import CausalLM
+from gpu_service.model.sampling_limits import MOST_LISTED
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import multiprocessors
 from gpu_service.pipeline.cuda.shapes import padded
@@ -22,6 +23,7 @@ from kernels.gpu.kv_cache import GpuKvLayout
 from kernels.gpu.prefill_attention import PrefillAttention
 from kernels.gpu.rms_norm import add_rms_norm
 from kernels.gpu.rope_store import rope_store
+from kernels.gpu.sampling import Sampler
 from kernels.gpu.silu_mul import silu_mul
 from kernels.gpu.sweep_inputs import embed, expand_tables
 
@@ -37,7 +39,10 @@ class DeviceCache:
 class Activations:
     """Buffers of one sweep; the largest one's size fixes them."""
 
-    def __init__(self, model: CausalLM, rows: int, samples: int, tables: tuple[int, int]) -> None:
+    def __init__(
+        self, model: CausalLM, rows: int, samples: int, draws: int, tables: tuple[int, int]
+    ) -> None:
+        """draws: the most rows of `samples` that a sweep really has."""
         spec, dtype, device = model.spec, model.dtype, model.device
 
         def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
@@ -56,7 +61,7 @@ class Activations:
         self.activated = empty(rows, spec.intermediate_size)
         self.sampled = empty(2, samples, spec.hidden_size)
         self.logits = empty(samples, spec.vocab_size)
-        self.best = empty(samples)
+        self.sampler = Sampler(samples, spec.vocab_size, device, draws=draws, logprobs=MOST_LISTED)
         self.drawn = torch.zeros(samples, dtype=torch.int64, device=device)
         """The last sweep's tokens; -1 where its logits were not finite."""
         self.block_tables = torch.zeros(tables, dtype=torch.int32, device=device)
@@ -201,8 +206,6 @@ class Forward:
         torch.index_select(buffers.update[: shape.rows], 0, chosen, out=update)
         torch.index_select(buffers.residual[: shape.rows], 0, chosen, out=residual)
         add_rms_norm(update, residual, model.final_norm, update, eps=model.spec.norm_eps)
-        logits, best = buffers.logits[:samples], buffers.best[:samples]
+        logits = buffers.logits[:samples]
         model.head.into(update, logits)
-        drawn = buffers.drawn[:samples]
-        torch.max(logits, dim=1, out=(best, drawn))
-        drawn.masked_fill_(~best.isfinite(), -1)
+        buffers.sampler.greedy(logits, buffers.drawn[:samples])

@@ -12,23 +12,20 @@ import torch
 from gpu_service.engine.messages import TokenLogprob
 from gpu_service.model.model import CausalLM
 from gpu_service.model.sampling import Sampler, SamplingRow
+from gpu_service.model.sampling_limits import draws_on_device
 from gpu_service.pipeline.cuda.forward import Activations, Forward
 from gpu_service.pipeline.cuda.graphs import SweepGraphs
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
+from gpu_service.pipeline.cuda.logprobs import LandingLogprobs, SweepLogprobs
+from gpu_service.pipeline.cuda.sampling import DeviceDraws, Draw
 from gpu_service.pipeline.cuda.shapes import ShapeTable
 from gpu_service.pipeline.launch import DoneSweep, LaunchedSweep
-from gpu_service.pipeline.results import (
-    NOT_FINITE,
-    PROMPT_LOGPROB_ROWS,
-    is_out_of_memory,
-    out_of_memory,
-)
+from gpu_service.pipeline.results import NOT_FINITE, is_out_of_memory, out_of_memory
 from gpu_service.pipeline.runner import PlanRunner
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import (
     PENDING_TOKEN,
     DecodeRow,
-    Failure,
     IterationPlan,
     SampledToken,
     SubBatch,
@@ -47,6 +44,7 @@ class CudaSweeps:
     table: ShapeTable
     inputs: SweepInputs
     activations: Activations
+    draws: DeviceDraws
     forward: Forward
     graphs: SweepGraphs
 
@@ -79,8 +77,9 @@ class CudaRunner:
     def launch(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> LaunchedSweep:
         """See `Runner.launch`."""
         if plan.migrations or any(_uses_host(batch) for batch in plan.batches):
-            resolved, self._drawn = self._resolved(plan), {}
-            return self._inline.launch(resolved, sampling)
+            self._sweeps.draws.forget()
+            resolved, known, self._drawn = *self._resolved(plan, sampling), {}
+            return self._inline.launch(resolved, known)
         (batch,) = plan.batches
         shape = self._sweeps.table.shape_for(batch)
         begin = self._mark()
@@ -90,12 +89,13 @@ class CudaRunner:
                 longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
                 self._sweeps.forward.run(shape, longest)
             logprobs = self._sample(batch, sampling)
-            prompt_logprobs = self._prompt_logprobs(batch, shape, sampling)
+            logprobs.prompts = self._prompt_logprobs(batch, shape, sampling)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            self._sweeps.draws.forget()
             return DoneSweep(out_of_memory(plan, frozenset()))
-        return self._landing_sweep(shape, begin, logprobs, prompt_logprobs)
+        return self._landing_sweep(shape, begin, logprobs)
 
     def _mark(self) -> torch.cuda.Event | None:
         """Now, in the device's time."""
@@ -109,78 +109,91 @@ class CudaRunner:
         self,
         shape: SweepShape,
         begin: torch.cuda.Event | None,
-        logprobs: dict[int, TokenLogprob | None],
-        prompt_logprobs: dict[int, list[TokenLogprob]],
+        logprobs: SweepLogprobs,
     ) -> QueuedSweep:
         self._turn ^= 1
         drawn, landing = self._sweeps.activations.drawn, self._landing[self._turn]
         landing[: shape.sequences].copy_(drawn[: shape.sequences], non_blocking=True)
         end = self._mark()
         events = (begin, end) if begin and end else None
-        return QueuedSweep(events, landing, self._drawn, logprobs, prompt_logprobs)
+        return QueuedSweep(events, landing, self._drawn, logprobs)
 
     # -- what greedy sweeps do without -------------------------------------------------------
 
-    def _sample(
-        self, batch: SubBatch, sampling: Mapping[int, SamplingRow]
-    ) -> dict[int, TokenLogprob | None]:
+    def _sample(self, batch: SubBatch, sampling: Mapping[int, SamplingRow]) -> SweepLogprobs:
         """Draw anew for those who want more than the largest logit."""
-        positions = {row.key: row.length for row in batch.gpu_decode}
-        positions.update(
+        lengths = [(row.key, row.length) for row in batch.gpu_decode]
+        lengths += [
             (row.key, row.start + len(row.token_ids)) for row in batch.prefill if row.samples
-        )
-        chosen = []
-        for key, length in positions.items():
-            row = sampling[key]
-            positions[key] = length - len(row.prompt_token_ids)
-            if not _is_greedy(row, positions[key]):
-                chosen.append(key)
-        if not chosen:
-            return {}
+        ]
+        draws = [
+            Draw(key, row, length - len(row.prompt_token_ids), self._drawn[key])
+            for key, length in lengths
+            for row in (sampling[key],)
+        ]
+        draws = [draw for draw in draws if not draw.is_greedy]
+        on_device = [draw for draw in draws if draws_on_device(draw.row.spec)]
+        logprobs = SweepLogprobs()
+        if len(on_device) < len(draws):
+            others = [draw for draw in draws if not draws_on_device(draw.row.spec)]
+            logprobs.known = self._sample_waiting(others)
+        if on_device:
+            buffers = self._sweeps.activations
+            logprobs.landing = self._sweeps.draws.draw(
+                on_device, buffers.logits, buffers.drawn, sampling
+            )
+        return logprobs
+
+    def _sample_waiting(self, draws: Sequence[Draw]) -> dict[int, TokenLogprob | None]:
+        """For rows that the device's sampler has no room for; their output is known."""
         buffers = self._sweeps.activations
-        index = torch.tensor([self._drawn[key] for key in chosen], device=buffers.drawn.device)
+        index = torch.tensor([draw.place for draw in draws], device=buffers.drawn.device)
         sampled = self._sampler.sample(
             buffers.logits[index].float(),
-            [sampling[key] for key in chosen],
-            [positions[key] for key in chosen],
+            [draw.row for draw in draws],
+            [draw.position for draw in draws],
         )
         buffers.drawn[index] = sampled.token_ids.masked_fill(~sampled.finite, -1)
-        return dict(zip(chosen, sampled.logprobs, strict=True))
+        return dict(zip((draw.key for draw in draws), sampled.logprobs, strict=True))
 
     def _prompt_logprobs(
         self, batch: SubBatch, shape: SweepShape, sampling: Mapping[int, SamplingRow]
-    ) -> dict[int, list[TokenLogprob]]:
-        found: dict[int, list[TokenLogprob]] = {}
-        buffers, row = self._sweeps.activations, shape.decode
+    ) -> list[tuple[Sequence[int], LandingLogprobs]]:
+        """With the tokens that they are of."""
+        found: list[tuple[Sequence[int], LandingLogprobs]] = []
+        buffers, draws, row = self._sweeps.activations, self._sweeps.draws, shape.decode
         for chunk in batch.prefill:
             top = sampling[chunk.key].spec.prompt_logprobs
-            for first in range(0, len(chunk.logprob_targets), PROMPT_LOGPROB_ROWS):
+            for first in range(0, len(chunk.logprob_targets), draws.prompt_rows):
                 assert top is not None
-                targets = chunk.logprob_targets[first : first + PROMPT_LOGPROB_ROWS]
+                targets = chunk.logprob_targets[first : first + draws.prompt_rows]
                 rows = slice(row + first, row + first + len(targets))
                 logits = self._sweeps.model.logits(buffers.residual[rows] + buffers.update[rows])
-                found.setdefault(chunk.key, []).extend(
-                    self._sampler.prompt_logprobs(logits, targets, top)
-                )
+                found.append((targets, draws.prompt_logprobs(chunk.key, logits, targets, top)))
             row += len(chunk.token_ids)
         return found
 
     # -- sweeps with host rows ---------------------------------------------------------------
 
-    def _resolved(self, plan: IterationPlan) -> IterationPlan:
-        """The plan with tokens in the place of pending ones. Waits for the sweep that draws
-        them."""
-        if not self._drawn:
-            return plan
+    def _resolved(
+        self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]
+    ) -> tuple[IterationPlan, Mapping[int, SamplingRow]]:
+        """The plan and its rows' outputs with tokens in the place of pending ones. Waits for the
+        sweep that draws them."""
+        pending = {
+            row.key
+            for batch in plan.batches
+            for row in (*batch.gpu_decode, *batch.host_decode)
+            if row.token_id == PENDING_TOKEN
+        }
+        if not pending:
+            return plan, sampling
         drawn: list[int] = self._sweeps.activations.drawn.tolist()
-        known = {key: max(drawn[index], 0) for key, index in self._drawn.items()}
+        known = {key: max(drawn[self._drawn[key]], 0) for key in pending}
 
         def rows(of: Sequence[DecodeRow]) -> tuple[DecodeRow, ...]:
             return tuple(
-                dataclasses.replace(row, token_id=known[row.key])
-                if row.token_id == PENDING_TOKEN
-                else row
-                for row in of
+                dataclasses.replace(row, token_id=known.get(row.key, row.token_id)) for row in of
             )
 
         batches = tuple(
@@ -189,7 +202,13 @@ class CudaRunner:
             )
             for batch in plan.batches
         )
-        return dataclasses.replace(plan, batches=batches)
+        keys = {row.key for batch in plan.batches for row in batch.prefill}
+        keys.update(key for batch in plan.batches for key in batch.sampled_keys)
+        said = {key: sampling[key] for key in keys}
+        for key, token in known.items():
+            output = (*said[key].output_token_ids, token)
+            said[key] = dataclasses.replace(said[key], output_token_ids=output)
+        return dataclasses.replace(plan, batches=batches), said
 
 
 class QueuedSweep:
@@ -200,14 +219,12 @@ class QueuedSweep:
         events: tuple[torch.cuda.Event, torch.cuda.Event] | None,
         landing: torch.Tensor,
         indices: dict[int, int],
-        logprobs: dict[int, TokenLogprob | None],
-        prompt_logprobs: dict[int, list[TokenLogprob]],
+        logprobs: SweepLogprobs,
     ) -> None:
         self._events = events
         self._landing = landing
         self._indices = indices
         self._logprobs = logprobs
-        self._prompt_logprobs = prompt_logprobs
 
     @property
     def is_done(self) -> bool:
@@ -222,17 +239,12 @@ class QueuedSweep:
             device_seconds = 1e-3 * float(begin.elapsed_time(end))
         waited = time.perf_counter() - waiting
         ids: list[int] = self._landing.tolist()
-        tokens: dict[int, SampledToken] = {}
-        failed: dict[int, Failure] = {}
-        for key, index in self._indices.items():
-            if ids[index] < 0:
-                failed[key] = NOT_FINITE
-            else:
-                tokens[key] = SampledToken(ids[index], self._logprobs.get(key))
+        drawn = {key: ids[index] for key, index in self._indices.items()}
+        logprobs = self._logprobs.of_tokens(drawn)
         return SweepResult(
-            tokens=tokens,
-            failed=failed,
-            prompt_logprobs=self._prompt_logprobs,
+            tokens={k: SampledToken(t, logprobs.get(k)) for k, t in drawn.items() if t >= 0},
+            failed={key: NOT_FINITE for key, token in drawn.items() if token < 0},
+            prompt_logprobs=self._logprobs.of_prompts(),
             device_seconds=device_seconds,
             waited_seconds=waited,
         )
@@ -240,17 +252,3 @@ class QueuedSweep:
 
 def _uses_host(batch: SubBatch) -> bool:
     return bool(batch.host_decode) or any(chunk.tier is Tier.HOST for chunk in batch.prefill)
-
-
-def _is_greedy(row: SamplingRow, position: int) -> bool:
-    """The largest logit is what it wants, and nothing else."""
-    spec = row.spec
-    return (
-        spec.temperature == 0
-        and spec.repetition_penalty == 1.0
-        and spec.presence_penalty == 0.0
-        and spec.frequency_penalty == 0.0
-        and spec.logprobs is None
-        and not spec.logit_bias
-        and position >= spec.min_tokens
-    )

@@ -140,15 +140,14 @@ class Machine:
 
     def step(self, spoil: Spoil | None = None) -> bool:
         """One iteration; False when nothing could run. `spoil` may replace the result."""
-        if not self.scheduler.may_look_ahead:
-            self._land()
+        landed = not self.scheduler.may_look_ahead and self._land()
         self.looked_ahead += self._flight is not None
         self.scheduler.host_state(self.host, self.now)
         plan = self.scheduler.schedule(self.now)
         self.plans.append(plan)
         self.scheduler.state.check_integrity()
         if plan.is_empty:
-            landed = self._land()
+            landed = self._land() or landed
             self._hear()
             return landed
         self._check_limits(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -315,8 +316,12 @@ def test_prompt_logprobs_come_once_and_whole_even_if_the_prefill_is_repeated() -
     assert [entry.token_id for entry in prompt.logprobs] == request.prompt_token_ids[1:]
 
 
-def test_prompt_logprobs_are_whole_after_a_prefill_that_made_room_for_others() -> None:
-    machine = machine_with(offload="never", gpu_blocks=26, max_batch_tokens=2)
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_prompt_logprobs_are_whole_after_a_prefill_that_made_room_for_others(
+    look_ahead: bool,
+) -> None:
+    bounds = limits(offload="never", gpu_blocks=26, max_batch_tokens=2)
+    machine = Machine(Scheduler(bounds), look_ahead=look_ahead)
     machine.submit(submit("old", 4, 70))
     machine.step()
     new = submit("new", 60, 2, arrival=1.0, prompt_logprobs=0)
@@ -325,6 +330,18 @@ def test_prompt_logprobs_are_whole_after_a_prefill_that_made_room_for_others() -
     assert machine.usages["new"].recomputations == 1
     assert machine.usages["old"].recomputations == 0
     assert machine.prompt_tokens["new"] == new.prompt_token_ids[1:]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"frequency_penalty": 1.0}, {"logprobs": 20}])
+def test_only_what_the_device_does_not_draw_is_waited_for(sampling: dict[str, Any]) -> None:
+    machine = Machine(Scheduler(limits(offload="never", gpu_blocks=64)), look_ahead=True)
+    machine.submit(submit("a", 4, 20, **sampling))
+    machine.run()
+    assert machine.looked_ahead >= 19
+    machine.submit(submit("b", 4, 20, **{"prompt_logprobs": 21, **sampling}))
+    before = machine.looked_ahead
+    machine.run()
+    assert machine.looked_ahead == before
 
 
 def test_a_failed_row_ends_its_request_alone() -> None:

@@ -55,7 +55,9 @@ def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
 
 
 def run(args: argparse.Namespace, workload: str) -> dict[str, Any]:
-    """Figures of one workload."""
+    """Figures of one workload. ValueError if it cannot be served."""
+    if args.requests < 1:
+        raise ValueError("requests must be at least 1")
     machine = open_machine(args)
     lengths = read_workload(workload, args.requests, args.seed)
     arrivals = [0.0] * len(lengths)
@@ -70,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--profile", default="h100-16c.json", help="of benchmarks/profiles, or a path")
+    made.add_argument(
+        "--profile", default="h100-16c.json", help="of benchmarks/profiles, or a path"
+    )
     made.add_argument("--model", default="llama3-8b", help="of benchmarks/models, or a path")
     made.add_argument("--gpu-kv-blocks", type=int, required=True)
     made.add_argument("--host-kv-blocks", type=int, default=0)
@@ -89,14 +93,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    options = parser()
+    args = options.parse_args(argv)
     found = {}
     for name in args.workload or ["1000x200"]:
-        found[name] = run(args, name)
+        try:
+            found[name] = run(args, name)
+        except ValueError as error:
+            options.error(str(error))
         print(f"{args.model} {name}: {json.dumps(found[name])}", flush=True)
     if args.json:
-        options = {k: str(v) for k, v in vars(args).items()}
-        args.json.write_text(json.dumps({"options": options, "figures": found}, indent=1))
+        given = {k: str(v) for k, v in vars(args).items()}
+        args.json.write_text(json.dumps({"options": given, "figures": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The engine's own scheduler and loop against a model of a machine: no GPU, no weights, no waiting."""
+"""The engine's own loop and scheduler on a model of a machine: no GPU, no weights, no waiting."""

@@ -1,10 +1,10 @@
 """The model of a machine: how long a planned sweep takes.
 
-    gpu_only     one captured sweep: gaps + head + layers * (dense + small + prefill attention
-                 + decode attention)
-    inline       launched layer by layer, each of which waits for its host rows:
-                 layers * max(launch, dense + small + max(GPU attention, host attention))
-    migrations   before the sweep, over the link
+gpu_only     one captured sweep: gaps + head + layers * (dense + small + prefill attention
+             + decode attention)
+inline       launched layer by layer, each of which waits for its host rows:
+             layers * max(launch, dense + small + max(GPU attention, host attention))
+migrations   before the sweep, over the link
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from benchmarks.simulator.machine import Machine, SweepTime
+from benchmarks.simulator.machine import SweepTime
 from benchmarks.workloads import Lengths
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Output, SamplingSpec, Submit
@@ -20,11 +21,28 @@ from gpu_service.model.sampling import SamplingRow
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.offload.null_tier import NullHostTier
 from gpu_service.pipeline.launch import LaunchedSweep
+from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import IterationPlan, SampledToken, SweepResult
 from gpu_service.scheduling.scheduler import Scheduler
 
 _TOKEN = SampledToken(0)
+
+
+class MachineModel(Protocol):
+    """All that a simulation asks of a machine; see `machine.Machine`."""
+
+    def sweep(self, plan: IterationPlan) -> SweepTime:
+        """How long the device takes for a plan that is not empty."""
+        ...
+
+    def host_ms(self, plan: IterationPlan) -> float:
+        """What the engine's thread computes for that iteration."""
+        ...
+
+    def start_costs(self) -> SweepCosts | None:
+        """What the engine would know of sweeps when it starts."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,10 @@ class Trace:
 
 
 def simulate(
-    machine: Machine, limits: SchedulerLimits, lengths: Sequence[Lengths], arrivals: Sequence[float]
+    machine: MachineModel,
+    limits: SchedulerLimits,
+    lengths: Sequence[Lengths],
+    arrivals: Sequence[float],
 ) -> Trace:
     """Serve requests of these lengths, which come at `arrivals` (seconds, ascending).
 
@@ -68,7 +89,7 @@ def simulate(
     runner = SimulatedRunner(machine)
     scheduler = Scheduler(limits, machine.start_costs())
     host = HealthyHostTier(limits.host_blocks)
-    core = EngineCore(scheduler, runner, host, machine.spec.vocab_size, clock=runner.clock)
+    core = EngineCore(scheduler, runner, host, vocab_size=1, clock=runner.clock)
     lives = [Life(arrival) for arrival in arrivals]
     submitted = host_tokens = 0
     while submitted < len(lives) or scheduler.live_requests:
@@ -93,6 +114,8 @@ def simulate(
 
 def poisson(count: int, rate: float, seed: int) -> list[float]:
     """Arrival times of `count` requests at `rate` a second."""
+    if rate <= 0:
+        raise ValueError("rate must be positive")
     draw = random.Random(seed)
     times, now = [], 0.0
     for _ in range(count):
@@ -130,7 +153,7 @@ class HealthyHostTier(NullHostTier):
 class SimulatedRunner:
     """A `Runner` with a clock instead of a device."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: MachineModel) -> None:
         self.now = 0.0
         """The time of the engine's thread, seconds."""
         self.sweeps: list[Sweep] = []

@@ -42,6 +42,10 @@ class GpuServiceConfig:
 
     offload: str = "auto"
     """`never`, `auto` (the scheduler decides) or `always` (every request on the host tier)."""
+    offload_mode: str = "inline"
+    """`inline`: the host tier's attention is waited for in each layer. `deferred`: it has until the
+    next iteration, so that a token takes as many as there are layers; needs `offload_transport`
+    `shm`."""
     cpu_services: tuple[str, ...] = ()
     """gRPC addresses of the cpu_services, one per NUMA node; empty means no host tier."""
     offload_transport: str = "shm"
@@ -98,6 +102,8 @@ class GpuServiceConfig:
             raise ValueError("gpu_memory_utilization must be more than 0 and at most 1")
         if self.offload == "always" and not self.cpu_services:
             raise ValueError("offload always needs an address in cpu_services")
+        if self.offload_mode == "deferred" and self.offload_transport != "shm":
+            raise ValueError("offload_mode deferred needs offload_transport shm")
 
 
 _CHOICES: dict[str, tuple[str | int, ...]] = {
@@ -105,6 +111,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "load_format": ("auto", "dummy"),
     "block_tokens": (16, 32, 64),
     "offload": ("never", "auto", "always"),
+    "offload_mode": ("inline", "deferred"),
     "offload_transport": ("shm", "grpc"),
     "host_kv_dtype": ("auto", "float32", "bfloat16", "float16", "int8"),
 }

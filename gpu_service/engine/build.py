@@ -119,6 +119,7 @@ def assemble(
             offload=config.offload,
             eos_token_ids=frozenset(spec.eos_token_ids),
             lease_seconds=config.lease_seconds,
+            cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
             force_migration_every=config.force_migration_every,
         ),
         costs,

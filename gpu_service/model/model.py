@@ -109,7 +109,7 @@ class CausalLM:
 
         Reuses `state`'s memory: the argument is void afterwards."""
         weight = self.layers[layer]
-        state = state.add_(weight.output(o.reshape(o.shape[0], -1)))
+        state = state.add_(weight.output(o.flatten(1)))
         gate_up = weight.gate_up(self._norm(state, weight.post_norm))
         inner = self.spec.intermediate_size
         activated = functional.silu(gate_up[:, :inner]).mul_(gate_up[:, inner:])

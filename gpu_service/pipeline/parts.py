@@ -9,6 +9,7 @@ import torch
 from gpu_service.offload.host_tier import HostTier
 from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv
 from gpu_service.pipeline.model import DenseModel
+from gpu_service.scheduling.plan import Flight
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,10 @@ class LaneOutcome:
 
     state: `[tokens, hidden]`; void rows hold anything, and have disturbed no other row.
     void: choices whose rows do not count and are to be repeated, since the host tier stalled.
+    landed: deferred mode: rows that are under way no more; those that are not void are the last
+    ones of `state`, in this order.
     """
 
     state: torch.Tensor
     void: frozenset[int]
+    landed: tuple[Flight, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu_service.scheduling.plan import Failure, IterationPlan, SweepResult
+from gpu_service.scheduling.plan import Failure, Flight, IterationPlan, SweepResult
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits exist at once: 64 rows of 150,000 tokens are 38 MB."""
@@ -17,13 +17,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(plan: IterationPlan, lost: frozenset[int]) -> SweepResult:
-    """The newest prompt chunk ends, or the newest decode row without chunks, which take most."""
+def out_of_memory(
+    plan: IterationPlan, lost: frozenset[int], landed: tuple[Flight, ...] = ()
+) -> SweepResult:
+    """The newest prompt chunk ends, or the newest decode row without chunks, which take most.
+    `landed`: what was under way, and has come to nothing."""
     chunks = {row.key for batch in plan.batches for row in batch.prefill}
     decode = {row.key for batch in plan.batches for row in (*batch.gpu_decode, *batch.host_decode)}
-    victim = max(chunks or decode)
-    void = (chunks | decode) - {victim}
-    return SweepResult(void=frozenset(void), lost=lost, failed={victim: _OUT_OF_MEMORY})
+    under_way = {flight.key for flight in landed}
+    victim = max(chunks or decode or under_way)
+    void = (chunks | decode | under_way) - {victim}
+    return SweepResult(
+        void=frozenset(void), lost=lost, failed={victim: _OUT_OF_MEMORY}, landed=landed
+    )
 
 
 NOT_FINITE = Failure("NUMERICAL", "the model's logits for this request are not finite")

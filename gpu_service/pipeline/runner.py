@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 
 import torch
@@ -11,6 +11,7 @@ from gpu_service.engine.messages import TokenLogprob
 from gpu_service.model.sampling import Sampler, SamplingRow
 from gpu_service.offload.host_tier import HostTierStalled
 from gpu_service.pipeline.batch import DeviceBatch, device_batch
+from gpu_service.pipeline.deferred import DeferredSweeps
 from gpu_service.pipeline.inline import run_inline
 from gpu_service.pipeline.launch import DoneSweep
 from gpu_service.pipeline.migration import Migrator
@@ -31,16 +32,14 @@ from gpu_service.scheduling.plan import (
     SweepResult,
 )
 
-_PIPELINES: Mapping[Mode, Callable[[EngineParts, Sequence[DeviceBatch]], list[LaneOutcome]]] = {
-    Mode.INLINE: run_inline
-}
-
 
 class PlanRunner:
-    """The engine's hands. One thread; nothing of a plan outlives `run` but the KV it has stored."""
+    """The engine's hands. One thread; nothing of a plan outlives `run` but the KV it has stored,
+    and deferred rows."""
 
     def __init__(self, parts: EngineParts, sampler: Sampler, migrator: Migrator) -> None:
         self._parts = parts
+        self._deferred = DeferredSweeps(parts)
         self._sampler = sampler
         self._migrator = migrator
 
@@ -62,7 +61,7 @@ class PlanRunner:
                 raise
         with suppress(HostTierStalled):
             self._parts.host.cancel_sweep()
-        return out_of_memory(plan, lost)
+        return out_of_memory(plan, lost, self._deferred.give_up(plan))
 
     def _migrate(self, migration: Migration) -> bool:
         try:
@@ -75,40 +74,40 @@ class PlanRunner:
     def _sweep(
         self, plan: IterationPlan, sampling: Mapping[int, SamplingRow], lost: frozenset[int]
     ) -> SweepResult:
+        (batch,) = plan.batches or (SubBatch(),)
         size, device = self._parts.geometry.block_tokens, self._parts.model.device
-        batches = [device_batch(batch, size, device) for batch in plan.batches]
-        outcomes = _PIPELINES[plan.mode](self._parts, batches)
-        tokens: dict[int, SampledToken] = {}
-        failed: dict[int, Failure] = {}
+        on_device = device_batch(batch, size, device)
+        if plan.mode is Mode.DEFERRED:
+            outcome = self._deferred.run(on_device, plan.number)
+        elif plan.batches:
+            outcome = run_inline(self._parts, on_device)
+        else:
+            return SweepResult(lost=lost)
+        skip = outcome.void | lost
+        rows = _sampled_rows(plan.mode, batch, on_device, outcome)
+        chosen = {key: row for key, row in rows.items() if key not in skip and key in sampling}
+        tokens, failed = self._sample(chosen, outcome.state, sampling)
         logprobs: dict[int, list[TokenLogprob]] = {}
-        void: set[int] = set()
-        for batch, on_device, outcome in zip(plan.batches, batches, outcomes, strict=True):
-            void.update(outcome.void)
-            skip = outcome.void | lost
-            self._sample(batch, on_device, outcome.state, sampling, skip, tokens, failed)
-            self._prompt_logprobs(batch, on_device, outcome.state, sampling, skip, logprobs)
-        return SweepResult(tokens, frozenset(void), lost, failed, logprobs)
+        self._prompt_logprobs(batch, on_device, outcome.state, sampling, skip, logprobs)
+        return SweepResult(
+            tokens=tokens,
+            void=outcome.void,
+            lost=lost,
+            failed=failed,
+            landed=outcome.landed,
+            prompt_logprobs=logprobs,
+        )
 
     def _sample(
-        self,
-        batch: SubBatch,
-        on_device: DeviceBatch,
-        state: torch.Tensor,
-        sampling: Mapping[int, SamplingRow],
-        skip: frozenset[int],
-        tokens: dict[int, SampledToken],
-        failed: dict[int, Failure],
-    ) -> None:
-        """Draw for the rows that ask for it; fills `tokens` and `failed`."""
-        chosen = [
-            (key, row)
-            for key, row in zip(batch.sampled_keys, _sampled_rows(batch, on_device), strict=True)
-            if key not in skip
-        ]
+        self, chosen: Mapping[int, int], state: torch.Tensor, sampling: Mapping[int, SamplingRow]
+    ) -> tuple[dict[int, SampledToken], dict[int, Failure]]:
+        """Draw for these choices, each with its row of the state."""
+        tokens: dict[int, SampledToken] = {}
+        failed: dict[int, Failure] = {}
         if not chosen:
-            return
-        keys = [key for key, _ in chosen]
-        rows = torch.tensor([row for _, row in chosen], dtype=torch.int64, device=state.device)
+            return tokens, failed
+        keys = list(chosen)
+        rows = torch.tensor(list(chosen.values()), dtype=torch.int64, device=state.device)
         logits = self._parts.model.logits(state, rows)
         sampled = self._sampler.sample(logits, [sampling[key] for key in keys])
         failed.update((keys[i], NOT_FINITE) for i in sampled.failed_rows())
@@ -116,6 +115,7 @@ class PlanRunner:
         for key, token_id, logprob in zip(keys, ids, sampled.logprobs, strict=True):
             if key not in failed:
                 tokens[key] = SampledToken(token_id, logprob)
+        return tokens, failed
 
     def _prompt_logprobs(
         self,
@@ -139,9 +139,21 @@ class PlanRunner:
                 listed.extend(self._sampler.prompt_logprobs(logits, targets, top))
 
 
-def _sampled_rows(batch: SubBatch, on_device: DeviceBatch) -> list[int]:
-    """Rows of the dense state behind `batch.sampled_keys`."""
+def _sampled_rows(
+    mode: Mode, batch: SubBatch, on_device: DeviceBatch, outcome: LaneOutcome
+) -> dict[int, int]:
+    """Choice -> the row of the state that its next token is drawn from."""
     chunks = zip(batch.prefill, on_device.chunks, strict=True)
-    rows = [chunk.rows.stop - 1 for row, chunk in chunks if row.samples]
-    rows.extend(range(on_device.gpu_rows.start, on_device.host_rows.stop))
-    return rows
+    found = {row.key: chunk.rows.stop - 1 for row, chunk in chunks if row.samples}
+    decode = [*batch.gpu_decode]
+    if mode is Mode.INLINE:
+        decode.extend(batch.host_decode)
+    first = on_device.gpu_rows.start
+    found.update((row.key, place) for place, row in enumerate(decode, first))
+    if mode is Mode.DEFERRED:
+        # A choice with a row of its own in this plan began anew since its flight started.
+        busy = {row.key for row in (*batch.prefill, *batch.gpu_decode)}
+        for place, flight in enumerate(outcome.landed, first + len(decode)):
+            if flight.key not in busy and flight.key not in outcome.void:
+                found[flight.key] = place
+    return found

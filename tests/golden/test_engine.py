@@ -5,6 +5,7 @@ In fp32 they must be the same tokens wherever a request ran and however often it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,18 @@ HOW = {
     "small-gpu-pool": {"offload": "auto", "gpu_kv_blocks": 8},
     "forced-1": {"offload": "auto", "force_migration_every": 1},
     "forced-3-chunked": {"offload": "auto", "force_migration_every": 3, "max_batch_tokens": 9},
+    "always-deferred": {"offload": "always", "offload_mode": "deferred"},
+    "small-gpu-pool-deferred": {
+        "offload": "auto",
+        "offload_mode": "deferred",
+        "gpu_kv_blocks": 8,
+        "max_batch_tokens": 7,
+    },
+    "forced-1-deferred": {
+        "offload": "auto",
+        "offload_mode": "deferred",
+        "force_migration_every": 1,
+    },
 }
 
 
@@ -88,11 +101,18 @@ def test_tokens_are_those_of_transformers(
     elif how.startswith("forced"):
         assert moved >= len(LENGTHS)
     assert (host > 0) == (made.offload != "never")
+    assert (core.scheduler.limits.cohorts > 0) == (made.offload_mode == "deferred")
 
 
-@pytest.mark.parametrize("how", ["always", "always-chunked", "forced-1", "small-gpu-pool"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_both_transports_give_the_same_tokens(
+REAL = ("always", "always-chunked", "forced-1", "small-gpu-pool")
+DEFERRED = tuple(how for how in HOW if how.endswith("deferred"))
+
+
+@pytest.mark.parametrize(
+    ("transport", "how"),
+    [*itertools.product(TRANSPORTS, REAL), *itertools.product(["shm"], DEFERRED)],
+)
+def test_a_real_cpu_service_gives_the_same_tokens(
     directories: dict[str, Path], service: Service, transport: str, how: str
 ) -> None:
     directory = directories["mistral"]
@@ -111,7 +131,7 @@ def test_both_transports_give_the_same_tokens(
     assert sum(u.host_tokens for u in answers.usages.values()) > 0
 
 
-@pytest.mark.parametrize("how", ["never", "always-chunked", "forced-1"])
+@pytest.mark.parametrize("how", ["never", "always-chunked", "forced-1", "forced-1-deferred"])
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_bf16_stays_within_the_calibrated_bound(
     directories: dict[str, Path], variant: str, how: str

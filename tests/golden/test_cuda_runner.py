@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Submit
 from gpu_service.model.model import load_model
-from tests.support.engine import config, greedy, local_core, run, triton_core
+from tests.support import mixed_sampling as mixed
+from tests.support.engine import Answers, config, greedy, local_core, run, triton_core
 from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
 
 OUTPUT = 5
@@ -50,8 +51,8 @@ def prompts() -> list[list[int]]:
     return [[3 + (7 * i + 13 * n) % 250 for i in range(n)] for n in LENGTHS]
 
 
-def requests(**sampling: Any) -> list[Submit]:
-    return [greedy(f"r{i}", prompt, OUTPUT, **sampling) for i, prompt in enumerate(prompts())]
+def requests() -> list[Submit]:
+    return [greedy(f"r{i}", prompt, OUTPUT) for i, prompt in enumerate(prompts())]
 
 
 def core(directory: Path, **changes: Any) -> EngineCore:
@@ -89,33 +90,38 @@ def test_tokens_are_those_of_transformers(
         assert sum(count > 0 for count in pending) >= OUTPUT - 1
 
 
+def run_on_cpu(directory: Path, asked: list[Submit]) -> Answers:
+    plain = config(directory, offload="never")
+    return run(local_core(plain, load_model(directory, dtype="float32")), asked)
+
+
 @pytest.mark.parametrize(
-    "sampling",
+    ("how", "preempt_every"),
     [
-        {"temperature": 0.9, "seed": 11},
-        {"temperature": 1.3, "seed": 5, "top_p": 0.8, "top_k": 12, "min_p": 0.02},
-        {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.4, "presence_penalty": 0.3},
-        {"logit_bias": {17: 30.0}, "min_tokens": 3, "ignore_eos": False},
-        {"logprobs": 3, "prompt_logprobs": 2},
+        ({"offload": "never", "max_batch_tokens": 11}, 0),
+        ({"offload": "never", "max_batch_tokens": 64}, 3),
+        ({"offload": "auto", "force_migration_every": 3, "max_batch_tokens": 64}, 0),
     ],
-    ids=["drawn", "filtered", "penalised", "biased", "logprobs"],
+    ids=["chunked", "preempted", "migrated"],
 )
 def test_draws_are_those_of_the_cpu_device(
-    directories: dict[str, Path], sampling: dict[str, Any]
+    directories: dict[str, Path], how: dict[str, Any], preempt_every: int
 ) -> None:
-    directory = directories["llama"]
-    asked = requests(**sampling)
-    ours = run(core(directory, offload="never", max_batch_tokens=11), asked)
-    plain = config(directory, offload="never", max_batch_tokens=11)
-    theirs = run(local_core(plain, load_model(directory, dtype="float32")), asked)
-    assert ours.tokens == theirs.tokens
-    assert ours.finishes == theirs.finishes
-    for key, listed in theirs.logprobs.items():
-        assert [x.token_id for x in ours.logprobs[key]] == [x.token_id for x in listed]
-        assert [x.logprob for x in ours.logprobs[key]] == pytest.approx(
-            [x.logprob for x in listed], abs=1e-4
-        )
-    assert ours.prompts.keys() == theirs.prompts.keys()
+    """Rows of all kinds in one batch, deciding ahead of what they draw."""
+    asked = mixed.requests(mixed.SAMPLINGS, OUTPUT)
+    made = mixed.run_mixed(core(directories["llama"], **how), asked, preempt_every=preempt_every)
+    mixed.assert_same(made.answers, run_on_cpu(directories["llama"], asked))
+    assert made.looked_ahead >= (OUTPUT - 1 if how["offload"] == "never" else 1)
+    assert (made.preempted > 1) == (preempt_every > 0)
+
+
+def test_what_the_device_does_not_draw_is_waited_for(directories: dict[str, Path]) -> None:
+    listed = greedy("listed", prompts()[1], OUTPUT, temperature=1.0, logprobs=21)
+    asked = [listed, *mixed.requests(["penalised"], OUTPUT)]
+    made = mixed.run_mixed(core(directories["llama"], offload="never"), asked)
+    mixed.assert_same(made.answers, run_on_cpu(directories["llama"], asked))
+    assert len(made.answers.logprobs["listed", 0][0].top) == 21
+    assert made.looked_ahead == 0
 
 
 def test_logits_that_are_not_finite_end_their_request_alone(directories: dict[str, Path]) -> None:

@@ -51,6 +51,7 @@ def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
         max_running=args.max_running_requests,
         max_waiting_requests=1 << 20,
         offload=args.offload,
+        cohorts=machine.spec.layers + 1 if args.offload_mode == "deferred" else 0,
     )
 
 
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--host-kv-blocks", type=int, default=0)
     made.add_argument("--host-kv-dtype", choices=("auto", "int8"), default="auto")
     made.add_argument("--offload", choices=OFFLOAD_POLICIES, default="auto")
+    made.add_argument("--offload-mode", choices=("inline", "deferred"), default="inline")
     made.add_argument("--block-tokens", type=int, default=16)
     made.add_argument("--max-batch-tokens", type=int, default=8192)
     made.add_argument("--max-running-requests", type=int, default=256)

@@ -9,6 +9,7 @@ migrations   before the sweep, over the link
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.simulator.profile import Profile
@@ -69,18 +70,23 @@ class Machine:
         self._head = head / measured_head
         self._gaps = spec.layers / measured.layers
 
-    def sweep(self, plan: IterationPlan) -> SweepTime:
-        """Of a plan that is not empty, from the device's start with it to its end."""
-        assert plan.mode is Mode.INLINE
+    def sweep(self, plan: IterationPlan, under_way: Sequence[int]) -> SweepTime:
+        """Of a plan that is not empty, from the device's start with it to its end.
+
+        `under_way`: tokens that each host row attends to which is between two layers in deferred
+        mode; those that start with the plan are among them."""
         moved = self._migrations_ms(plan)
-        if not plan.batches:
-            return SweepTime(plan.mode.value, moved, moved)
-        (batch,) = plan.batches
+        batch = plan.batches[0] if plan.batches else SubBatch()
         on_host = any(chunk.tier is Tier.HOST for chunk in batch.prefill)
-        if not plan.migrations and not batch.host_decode and not on_host:
+        if plan.mode is Mode.DEFERRED:
+            gpu, cpu, total = self._deferred(batch, under_way)
+        elif not plan.batches:
+            gpu = cpu = total = 0.0
+        elif plan.migrations or batch.host_decode or on_host:
+            gpu, cpu, total = self._inline(batch)
+        else:
             ms = self._captured_ms(batch)
             return SweepTime(GPU_ONLY, ms, ms)
-        gpu, cpu, total = self._inline(batch)
         return SweepTime(plan.mode.value, moved + total, moved + gpu, cpu)
 
     def host_ms(self, plan: IterationPlan) -> float:
@@ -112,11 +118,11 @@ class Machine:
         gaps = self._gaps * self.profile.gpu.gaps_ms.value
         return gaps + self._dense_ms(shape.rows) + self._head_ms(shape.sequences)
 
-    def _dense_ms(self, rows: int) -> float:
+    def _dense_ms(self, rows: float) -> float:
         gpu = self.profile.gpu
         return self._dense * gpu.dense_ms.at(rows) + self._small * gpu.small_ms.at(rows)
 
-    def _head_ms(self, sequences: int) -> float:
+    def _head_ms(self, sequences: float) -> float:
         return self._head * self.profile.gpu.head_ms.at(sequences)
 
     def _decode_ms(self, batch: SubBatch) -> float:
@@ -143,6 +149,16 @@ class Machine:
     def _link_ms(self, size: int) -> float:
         return 1e-6 * size / self.profile.link.gbps.value
 
+    def _host_attention_ms(self, context: int) -> float:
+        """Of all layers."""
+        return 1e-6 * context * self._host_kv_bytes / self._cpu_gbps
+
+    def _host_prompts_ms(self, batch: SubBatch) -> float:
+        """KV of host-tier prompts leaves, and that of their earlier chunks is read back."""
+        chunks = [chunk for chunk in batch.prefill if chunk.tier is Tier.HOST]
+        tokens = sum(chunk.start + len(chunk.token_ids) for chunk in chunks)
+        return self._link_ms(tokens * self._host_kv_bytes)
+
     # -- modes -------------------------------------------------------------------------------
 
     def _inline(self, batch: SubBatch) -> tuple[float, float, float]:
@@ -150,15 +166,13 @@ class Machine:
         layers, spec, link = self.spec.layers, self.spec, self.profile.link
         sequences = len(batch.prefill) + len(batch.gpu_decode) + len(batch.host_decode)
         head = self._head_ms(sequences)
-        gpu = self._decode_ms(batch) + self._prefill_ms(batch.prefill)
-        chunks = [chunk for chunk in batch.prefill if chunk.tier is Tier.HOST]
-        stored = sum(len(chunk.token_ids) for chunk in chunks)
-        read_back = sum(chunk.start for chunk in chunks)
-        gpu += self._link_ms((stored + read_back) * self._host_kv_bytes)
+        gpu = (
+            self._decode_ms(batch) + self._prefill_ms(batch.prefill) + self._host_prompts_ms(batch)
+        )
         cpu = exchange = 0.0
         if batch.host_decode:
             context = sum(row.length for row in batch.host_decode)
-            cpu = 1e-6 * context * self._host_kv_bytes / self._cpu_gbps
+            cpu = self._host_attention_ms(context)
             # q and o have query_heads, k and v kv_heads; four copies a layer.
             heads = 2 * (spec.query_heads + spec.kv_heads)
             size = len(batch.host_decode) * heads * spec.head_dim * _ELEMENT_BYTES
@@ -168,6 +182,18 @@ class Machine:
         device = dense + max(gpu, cpu + exchange)
         launches = 1e-3 * layers * self.profile.host.launched_singly_layer_us.value
         return head + dense + gpu, cpu, head + max(launches, device)
+
+    def _deferred(self, batch: SubBatch, under_way: Sequence[int]) -> tuple[float, float, float]:
+        """As `_inline`; every row under way goes on by one layer."""
+        layers = self.spec.layers
+        own = len(batch.gpu_decode) + sum(len(chunk.token_ids) for chunk in batch.prefill)
+        beside = len(under_way) / (layers + 1)
+        gpu = self._gaps * self.profile.gpu.gaps_ms.value + self._dense_ms(own + beside)
+        gpu += self._head_ms(len(batch.gpu_decode) + len(batch.prefill) + beside)
+        gpu += self._decode_ms(batch) + self._prefill_ms(batch.prefill)
+        gpu += 1e-3 * layers * self.profile.link.deferred_layer_us.value
+        cpu = self._host_attention_ms(sum(under_way)) / (layers + 1)
+        return gpu, cpu, max(gpu, cpu, self._host_prompts_ms(batch))
 
 
 def _weights(spec: ModelSpec) -> int:

@@ -80,6 +80,8 @@ class LinkProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A copy's least time."""
     doorbell_us: Figure
     """GPU to cpu_service and back, with nothing to do."""
+    deferred_layer_us: Figure
+    """What a layer's exchange adds to a captured sweep while nobody waits for it."""
 
 
 class HostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

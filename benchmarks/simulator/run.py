@@ -23,7 +23,7 @@ from gpu_service.offload.null_tier import NullHostTier
 from gpu_service.pipeline.launch import LaunchedSweep
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
-from gpu_service.scheduling.plan import IterationPlan, SampledToken, SweepResult
+from gpu_service.scheduling.plan import Flight, IterationPlan, Mode, SampledToken, SweepResult
 from gpu_service.scheduling.scheduler import Scheduler
 
 _TOKEN = SampledToken(0)
@@ -32,8 +32,9 @@ _TOKEN = SampledToken(0)
 class MachineModel(Protocol):
     """All that a simulation asks of a machine; see `machine.Machine`."""
 
-    def sweep(self, plan: IterationPlan) -> SweepTime:
-        """How long the device takes for a plan that is not empty."""
+    def sweep(self, plan: IterationPlan, under_way: Sequence[int]) -> SweepTime:
+        """How long the device takes for a plan that is not empty, while host rows that attend to so
+        many tokens each are under way in deferred mode."""
         ...
 
     def host_ms(self, plan: IterationPlan) -> float:
@@ -86,7 +87,7 @@ def simulate(
     """Serve requests of these lengths, which come at `arrivals` (seconds, ascending).
 
     ValueError if one of them can never be served."""
-    runner = SimulatedRunner(machine)
+    runner = SimulatedRunner(machine, limits.cohorts)
     scheduler = Scheduler(limits, machine.start_costs())
     host = HealthyHostTier(limits.host_blocks)
     core = EngineCore(scheduler, runner, host, vocab_size=1, clock=runner.clock)
@@ -153,12 +154,16 @@ class HealthyHostTier(NullHostTier):
 class SimulatedRunner:
     """A `Runner` with a clock instead of a device."""
 
-    def __init__(self, machine: MachineModel) -> None:
+    def __init__(self, machine: MachineModel, cohorts: int) -> None:
+        """`cohorts`: sweeps that a host row takes in deferred mode."""
         self.now = 0.0
         """The time of the engine's thread, seconds."""
         self.sweeps: list[Sweep] = []
         self._machine = machine
         self._device_free = 0.0
+        self._cohorts = cohorts
+        self._under_way: dict[Flight, int] = {}
+        """Host rows between two layers -> tokens that they attend to."""
 
     def clock(self) -> float:
         return self.now
@@ -167,7 +172,10 @@ class SimulatedRunner:
         """See `Runner.launch`. Half of the thread's work comes before a sweep, half after it."""
         work = 0.5e-3 * self._machine.host_ms(plan)
         self.now += work
-        time = self._machine.sweep(plan)
+        if plan.mode is Mode.DEFERRED:
+            rows = [row for batch in plan.batches for row in batch.host_decode]
+            self._under_way.update((Flight(row.key, plan.number), row.length) for row in rows)
+        time = self._machine.sweep(plan, list(self._under_way.values()))
         begin = max(self.now, self._device_free)
         self._device_free = begin + 1e-3 * time.total
         sweep = Sweep(
@@ -180,7 +188,14 @@ class SimulatedRunner:
         self.sweeps.append(sweep)
         if not time.overlaps:
             self.wait(sweep)
-        return SimulatedSweep(self, plan, sweep, work)
+        return SimulatedSweep(self, plan, sweep, work, self._land(plan.number))
+
+    def _land(self, number: int) -> tuple[Flight, ...]:
+        """The rows that have come through all layers with this plan."""
+        landed = [f for f in self._under_way if number - f.started >= self._cohorts - 1]
+        for flight in landed:
+            del self._under_way[flight]
+        return tuple(landed)
 
     def wait(self, sweep: Sweep) -> None:
         self.now = max(self.now, sweep.end)
@@ -190,9 +205,15 @@ class SimulatedSweep:
     """Ends when the clock says so."""
 
     def __init__(
-        self, runner: SimulatedRunner, plan: IterationPlan, sweep: Sweep, work: float
+        self,
+        runner: SimulatedRunner,
+        plan: IterationPlan,
+        sweep: Sweep,
+        work: float,
+        landed: tuple[Flight, ...],
     ) -> None:
         self._runner, self._plan, self._sweep, self._work = runner, plan, sweep, work
+        self._landed = landed
 
     @property
     def is_done(self) -> bool:
@@ -202,10 +223,14 @@ class SimulatedSweep:
         """Every row gets its token; none of them ends a request."""
         self._runner.wait(self._sweep)
         self._runner.now += self._work
-        keys = [key for batch in self._plan.batches for key in batch.sampled_keys]
+        keys = [flight.key for flight in self._landed]
+        for batch in self._plan.batches:
+            starting = batch.host_decode if self._plan.mode is Mode.DEFERRED else ()
+            keys += list(batch.sampled_keys)[: -len(starting) or None]
         time = self._sweep.time
         return SweepResult(
             tokens=dict.fromkeys(keys, _TOKEN),
+            landed=self._landed,
             # Sweeps with host rows are not timed by their runner.
             device_seconds=1e-3 * time.total if time.overlaps else 0.0,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,14 +83,14 @@ def make(module: ModuleType = machine_module, options: str = CASE_A) -> Machine:
 
 def check_measured_sweeps(machine: Machine) -> None:
     """docs/perf-log.md, GPU execution and GPU kernels."""
-    decode = machine.sweep(plan(24, 1100))
+    decode = machine.sweep(plan(24, 1100), ())
     assert decode.total == pytest.approx(7.56, rel=0.02)
-    mixed = machine.sweep(plan(24, 1100, chunk=232, behind=768))
+    mixed = machine.sweep(plan(24, 1100, chunk=232, behind=768), ())
     assert mixed.total == pytest.approx(11.8, rel=0.03)
     # Each of 1,000 queries meets 7,000 more keys.
-    behind = machine.sweep(plan(chunk=1000, behind=7000)).total
+    behind = machine.sweep(plan(chunk=1000, behind=7000), ()).total
     operations = 4 * 32 * 32 * 128 * 7e6
-    alone = machine.sweep(plan(chunk=1000)).total
+    alone = machine.sweep(plan(chunk=1000), ()).total
     assert behind - alone == pytest.approx(1e3 * operations / 272e12)
 
 
@@ -120,10 +120,10 @@ def test_costs_at_start_are_those_of_the_sweeps() -> None:
     machine = make()
     costs = machine.start_costs()
     for rows in (5, 24, 100):
-        fixed = machine.sweep(plan(rows, 1000)).total - costs.decode_ms(rows, 1000 * rows)
+        fixed = machine.sweep(plan(rows, 1000), ()).total - costs.decode_ms(rows, 1000 * rows)
         assert fixed == pytest.approx(32 * 3.7e-3)  # a layer's attention that no token brings
     for rows in (64, 256, 512):
-        chunk = machine.sweep(plan(chunk=rows)).total - costs.mixed_ms(rows, 0)
+        chunk = machine.sweep(plan(chunk=rows), ()).total - costs.mixed_ms(rows, 0)
         assert 0 < chunk < 0.6, "attention within the chunk"
     assert costs.mixed_sizes[-1] == 8192
 
@@ -135,7 +135,7 @@ def test_other_models_cost_in_proportion() -> None:
         )
         for name in ("llama3-8b", "llama3-70b")
     )
-    ratio = large.sweep(plan(1, 16)).total / small.sweep(plan(1, 16)).total
+    ratio = large.sweep(plan(1, 16), ()).total / small.sweep(plan(1, 16), ()).total
     assert 8.5 < ratio < 9, "68.5 of 7.0 billion parameters; norms and head grow less"
 
 
@@ -144,7 +144,7 @@ def test_other_models_cost_in_proportion() -> None:
 
 def test_host_rows_wait_for_memory_or_for_launches() -> None:
     machine = make()
-    few, many = (machine.sweep(plan(24, 1000, host=rows)) for rows in (1, 40))
+    few, many = (machine.sweep(plan(24, 1000, host=rows), ()) for rows in (1, 40))
     assert few.mode == many.mode == "inline"
     assert few.total == pytest.approx(32 * 0.425 + 0.42, abs=0.05), "Python launches each layer"
     read_ms = 40 * 1000 * 131072 / (139e9 * 0.81) * 1e3
@@ -155,11 +155,54 @@ def test_host_rows_wait_for_memory_or_for_launches() -> None:
 
 def test_int8_kv_takes_half_of_the_bytes() -> None:
     sixteen, eight = (
-        make(options=f"{CASE_A} --host-kv-dtype {kind}").sweep(plan(host=30, context=1000)).cpu
+        make(options=f"{CASE_A} --host-kv-dtype {kind}").sweep(plan(host=30, context=1000), ()).cpu
         for kind in ("auto", "int8")
     )
     # A scale of four bytes to each 128 elements, and 0.745 of the bandwidth instead of 0.81.
     assert eight / sixteen == pytest.approx(0.5 * (1 + 4 / 128) * 0.81 / 0.745)
+
+
+def check_deferred_sweeps(machine: Machine) -> None:
+    """The prototype's sweeps of 24 x 1,100, with so many requests to a layer: 0.4 ms for the
+    exchange, and bound by the CPU beyond five."""
+    batch = plan(24, 1100).batches
+    deferred = IterationPlan(1, Mode.DEFERRED, (), batch)
+    alone = machine.sweep(plan(24, 1100), ()).total
+    times = {rows: machine.sweep(deferred, [1100] * 33 * rows) for rows in (1, 4, 6, 8)}
+    assert times[1].total - alone == pytest.approx(0.4, abs=0.1)
+    assert times[4].total - alone == pytest.approx(0.4, abs=0.1)
+    assert times[6].total == pytest.approx(8.1, rel=0.04)
+    assert times[8].total == pytest.approx(10.2, rel=0.03)
+    assert times[4].cpu == pytest.approx(times[8].cpu / 2)
+    assert times[8].cpu == times[8].total > times[8].gpu
+
+
+def test_deferred_sweeps_take_what_the_prototype_took() -> None:
+    check_deferred_sweeps(make())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("sum(under_way)) / (layers + 1)", "sum(under_way))"),
+        ("max(gpu, cpu, self", "max(gpu, self"),
+        ("deferred_layer_us.value", "deferred_layer_us.value * 0"),
+        ("1e-6 * context * self._host_kv_bytes", "1e-6 * context * self._host_kv_bytes / 2"),
+    ],
+)
+def test_mutants_of_deferred_sweeps_are_found(old: str, new: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check_deferred_sweeps(make(mutated(machine_module, old, new, tmp_path)))
+
+
+def test_a_deferred_row_takes_as_many_sweeps_as_there_are_cohorts() -> None:
+    bounds = limits(offload="always", cohorts=3)
+    trace = simulate(Metronome(10, 2), bounds, [Lengths(8, 5)], [0.0])
+    modes = [s.time.mode for s in trace.sweeps]
+    assert modes == ["inline"] + ["deferred"] * 3 * 4
+    assert trace.host_tokens == 5
+    # Nothing is decided ahead: the thread's 2 ms come on top of each sweep.
+    assert np.diff(trace.lives[0].tokens) == pytest.approx([0.036] * 4)
 
 
 def test_offload_policies() -> None:
@@ -186,8 +229,12 @@ class Metronome:
     def __init__(self, sweep_ms: float, host_ms: float) -> None:
         self._sweep_ms, self._host_ms = sweep_ms, host_ms
 
-    def sweep(self, plan: IterationPlan) -> SweepTime:
-        return SweepTime("gpu_only", self._sweep_ms, self._sweep_ms)
+    def sweep(self, plan: IterationPlan, under_way: Sequence[int]) -> SweepTime:
+        host = plan.mode is Mode.DEFERRED or any(
+            row.tier is Tier.HOST for batch in plan.batches for row in batch.prefill
+        )
+        mode = plan.mode.value if host else "gpu_only"
+        return SweepTime(mode, self._sweep_ms, self._sweep_ms)
 
     def host_ms(self, plan: IterationPlan) -> float:
         return self._host_ms

@@ -190,6 +190,20 @@ def test_history_counts_what_is_drawn_once() -> None:
     assert history.table[0].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("in_prompt", [0, 1])
+def test_counts_stay_within_16_bits(in_prompt: int) -> None:
+    """A token said more often than that: neither its count nor the prompt's mark runs over."""
+    inputs, history = SamplingInputs(1, 1, DEVICE), History(1, 10, DEVICE)
+    history.start(0, [4] * in_prompt, [4] * 16_381)
+    sampler, out = sampler_for(1, 10), torch.empty(1, dtype=torch.int64, device=DEVICE)
+    logits = torch.tensor([[0.0] * 4 + [3e4] + [0.0] * 5], device=DEVICE)
+    for position in range(16_381, 16_385):
+        inputs.send([RowWish(history=0, position=position, presence=1.0)])
+        sampler.sample(logits, inputs, out, history)
+    assert out.tolist() == [4]
+    assert history.table[0].tolist() == [0] * 4 + [2 * 16_382 + in_prompt] + [0] * 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_logprobs(dtype: torch.dtype) -> None:
     tops = [None, 0, 5, 20, 1]

@@ -7,6 +7,7 @@
 
 #ifdef NEO_EMULATE_AMX
 #include <bit>
+#include <cassert>
 #include <cstring>
 #else
 #include <immintrin.h>
@@ -35,7 +36,12 @@ struct Tiles {
   TileShapes shapes;
   alignas(64) std::byte data[8][16][64];
 
+  // A CPU faults on what is refused here.
   void configure(const TileShapes& wanted) {
+    for (int32_t tile = 0; tile < 8; ++tile) {
+      assert(wanted.rows[tile] <= 16 && wanted.row_bytes[tile] <= 64);
+      assert((wanted.rows[tile] == 0) == (wanted.row_bytes[tile] == 0));
+    }
     shapes = wanted;
     std::memset(data, 0, sizeof(data));
   }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -207,8 +208,22 @@ void keep(const Call& call, const ChunkPlan& chunk, const HeadState& state, int3
   }
 }
 
-// One chunk, heads [head, last): the strips of one head, then those of the next, each prefetching what follows.
-void attend_chunk(const Call& call, const ChunkPlan& chunk, int32_t head, int32_t last) {
+// A chunk of tokens and its heads [head, last).
+struct Item {
+  Item(const AttentionPlan& plan, int32_t number, int32_t kv_heads)
+      : chunk(plan.chunks[number / plan.ranges]),
+        range(number % plan.ranges),
+        head(range * plan.heads_per_item),
+        last(std::min(kv_heads, head + plan.heads_per_item)) {}
+  const ChunkPlan& chunk;
+  int32_t range;
+  int32_t head;
+  int32_t last;
+};
+
+// The strips of one head, then those of the next, each prefetching what follows; the last one the start of item `next`.
+void attend_item(const Call& call, const Item& item, const std::optional<Item>& next) {
+  const ChunkPlan& chunk = item.chunk;
   HeadState state;
   state.group = call.group();
   state.dim = call.pool.layout().head_dim;
@@ -216,7 +231,7 @@ void attend_chunk(const Call& call, const ChunkPlan& chunk, int32_t head, int32_
   state.softcap = call.params.softcap;
   const int32_t length = call.batch.lengths[chunk.row];
   if (call.batch.k_new != nullptr && chunk.end == length) {
-    for (int32_t h = head; h < last; ++h) {
+    for (int32_t h = item.head; h < item.last; ++h) {
       append(call, chunk.row, h);
     }
   }
@@ -224,8 +239,8 @@ void attend_chunk(const Call& call, const ChunkPlan& chunk, int32_t head, int32_
   const int32_t strips = (chunk.end - chunk.begin + kStripTokens - 1) / kStripTokens;
   CleanV clean;
   Strip strip;
-  int32_t next_count = find_tiles(call, chunk, head, 0, strip.next);
-  for (; head < last; ++head) {
+  int32_t next_count = find_tiles(call, chunk, item.head, 0, strip.next);
+  for (int32_t head = item.head; head < item.last; ++head) {
     start(call, state, static_cast<std::size_t>(chunk.row) * call.params.query_heads + head * state.group);
     for (int32_t i = 0; i < strips; ++i) {
       std::copy_n(strip.next, kStripTiles, strip.tiles);
@@ -233,9 +248,12 @@ void attend_chunk(const Call& call, const ChunkPlan& chunk, int32_t head, int32_
       const int32_t first = chunk.begin + i * kStripTokens;
       strip.begin = std::max(0, begin - first);
       strip.end = std::min(kStripTokens, chunk.end - first);
-      const bool more_heads = i + 1 == strips;
-      if (!more_heads || head + 1 < last) {
-        next_count = find_tiles(call, chunk, more_heads ? head + 1 : head, more_heads ? 0 : i + 1, strip.next);
+      if (i + 1 < strips) {
+        next_count = find_tiles(call, chunk, head, i + 1, strip.next);
+      } else if (head + 1 < item.last) {
+        next_count = find_tiles(call, chunk, head + 1, 0, strip.next);
+      } else if (next) {
+        find_tiles(call, next->chunk, next->head, 0, strip.next);
       }
       if (strip.begin > 0 || strip.end < strip.count * kTileTokens) {
         clean.replace(call, strip);
@@ -246,18 +264,17 @@ void attend_chunk(const Call& call, const ChunkPlan& chunk, int32_t head, int32_
   }
 }
 
-void run_item(const Call& call, int32_t item) {
-  const ChunkPlan& chunk = call.plan.chunks[item / call.plan.ranges];
-  const int32_t range = item % call.plan.ranges;
-  const int32_t head = range * call.plan.heads_per_item;
-  const int32_t last = std::min(call.pool.layout().kv_heads, head + call.plan.heads_per_item);
-  attend_chunk(call, chunk, head, last);
+void run_item(const Call& call, int32_t number, int32_t next) {
+  const int32_t kv_heads = call.pool.layout().kv_heads;
+  const Item item(call.plan, number, kv_heads);
+  attend_item(call, item, next < 0 ? std::nullopt : std::optional<Item>(std::in_place, call.plan, next, kv_heads));
+  const ChunkPlan& chunk = item.chunk;
   if (chunk.partial < 0) {
     return;
   }
-  std::atomic<int32_t>& arrived = call.arrivals[chunk.partial * call.plan.ranges + range];
+  std::atomic<int32_t>& arrived = call.arrivals[chunk.partial * call.plan.ranges + item.range];
   if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == chunk.count) {
-    for (int32_t query_head = head * call.group(); query_head < last * call.group(); ++query_head) {
+    for (int32_t query_head = item.head * call.group(); query_head < item.last * call.group(); ++query_head) {
       merge(call, chunk, query_head);
     }
   }
@@ -321,7 +338,8 @@ void decode_attention(ThreadPool& threads, const KvPool& pool, int32_t layer, co
   for (int32_t i = 0; i < call.plan.partials * call.plan.ranges; ++i) {
     call.arrivals[i].store(0, std::memory_order_relaxed);
   }
-  threads.run(call.plan.items(), [&call](int32_t item) { run_item(call, item); }, call.plan.helpers);
+  threads.run(
+      call.plan.items(), [&call](int32_t item, int32_t next) { run_item(call, item, next); }, call.plan.helpers);
 }
 
 }  // namespace neo

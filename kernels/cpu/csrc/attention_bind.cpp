@@ -39,7 +39,7 @@ void check_slots(const KvPool& pool, int32_t layer, const int64_t* slots, int64_
 template <typename F>
 void for_tokens(ThreadPool* threads, const KvPool& pool, int32_t activation, int64_t tokens, F&& f) {
   constexpr int64_t kChunk = 64;
-  const auto chunk = [&](int32_t index) {
+  const auto chunk = [&](int32_t index, int32_t) {
     with_type(static_cast<DType>(activation), [&]<typename T>(T) {
       if constexpr (!std::is_same_v<T, int8_t>) {
         with_type(pool.layout().dtype, [&]<typename Kv>(Kv) {
@@ -56,7 +56,7 @@ void for_tokens(ThreadPool* threads, const KvPool& pool, int32_t activation, int
     return;
   }
   for (int32_t index = 0; index < chunks; ++index) {
-    chunk(index);
+    chunk(index, -1);
   }
 }
 
@@ -112,7 +112,7 @@ void copy_blocks(const KvPool& target, const KvPool& source, std::uintptr_t sour
     }
   }
   const std::size_t bytes = layout.piece_bytes();
-  const auto layer_of = [&](int32_t layer) {
+  const auto layer_of = [&](int32_t layer, int32_t) {
     for (int64_t i = 0; i < count; ++i) {
       std::memcpy(target.piece(layer, to[i]), source.piece(layer, from[i]), bytes);
     }
@@ -122,7 +122,7 @@ void copy_blocks(const KvPool& target, const KvPool& source, std::uintptr_t sour
     return;
   }
   for (int32_t layer = 0; layer < layout.layers; ++layer) {
-    layer_of(layer);
+    layer_of(layer, -1);
   }
 }
 

@@ -30,7 +30,7 @@ void want_huge_pages(std::uintptr_t address, std::size_t bytes) {
 template <typename F>
 void for_chunks(ThreadPool& threads, std::size_t bytes, F&& f) {
   const std::size_t chunks = (bytes + kChunk - 1) / kChunk;
-  threads.run(static_cast<int32_t>(chunks), [&](int32_t i) {
+  threads.run(static_cast<int32_t>(chunks), [&](int32_t i, int32_t) {
     const std::size_t begin = static_cast<std::size_t>(i) * kChunk;
     f(begin, std::min(bytes, begin + kChunk));
   });
@@ -67,8 +67,8 @@ uint64_t read_all(ThreadPool& threads, std::uintptr_t address, std::size_t bytes
   return total.load();
 }
 
-// The same over a pool as the attention reads it: one of the `regions` of each piece, those of four listed blocks side by
-// side, K before V, and the next four blocks' prefetched meanwhile.
+// The same over a pool as the attention reads it: one of the `regions` of each piece, those of four listed blocks side
+// by side, K before V, and the next four blocks' prefetched meanwhile.
 uint64_t read_regions(ThreadPool& threads, std::uintptr_t address, std::size_t region_bytes, int32_t regions,
                       std::uintptr_t blocks, int64_t count) {
   constexpr int64_t kBlocks = 64;
@@ -78,7 +78,7 @@ uint64_t read_regions(ThreadPool& threads, std::uintptr_t address, std::size_t r
   const std::size_t half_words = region_bytes / 16;
   std::atomic<uint64_t> total{0};
   const int64_t items = (count + kBlocks - 1) / kBlocks * regions;
-  threads.run(static_cast<int32_t>(items), [&](int32_t item) {
+  threads.run(static_cast<int32_t>(items), [&](int32_t item, int32_t) {
     const int64_t end = std::min(count, (item / regions + 1) * kBlocks);
     // Blocks beyond the end repeat the last.
     const auto half = [&](int64_t i, int64_t which) {

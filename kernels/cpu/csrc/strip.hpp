@@ -3,6 +3,7 @@
 // headers are compiled with different flags, and an inline function here could reach a machine that lacks them.
 #pragma once
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 
@@ -46,10 +47,34 @@ struct HeadState {
   alignas(64) float sum[kMaxGroup][16];  // partial sums of weights, added up at the end only
 };
 
-// Which of the strip's tiles one pass over heads prefetches the successors of; the passes share them out, so that
-// memory is never idle. For the other tiles it gives the tile itself, whose lines are at hand.
-struct Ahead {
-  Tile tiles[kStripTiles];
+// Prefetches what comes after a strip, a few lines at a time, so that memory stays busy while the strip is worked on. A
+// line of each of eight runs in turn: memory gives more to several runs abreast than to one (docs/perf-log.md).
+struct Fetch {
+  static constexpr int32_t kRuns = 2 * kStripTiles;
+  const std::byte* runs[kRuns];  // K of the tiles, then V
+  int32_t at = 0;                // lines
+  int32_t end;
+
+  Fetch(const Strip& strip, int32_t tile_bytes) : end(tile_bytes / 64 * kRuns) {
+    for (int32_t t = 0; t < kStripTiles; ++t) {
+      runs[t] = strip.next[t].k;
+      runs[kStripTiles + t] = strip.next[t].v;
+    }
+  }
+  // `at` has to be a multiple of `lines`, a power of two.
+  template <int32_t lines>
+  void more() {
+    static_assert(kRuns % lines == 0);
+    if (at < end) {
+      assert(at % lines == 0);
+      const std::byte* const* run = runs + at % kRuns;
+      const std::ptrdiff_t offset = at / kRuns * 64;
+      for (int32_t i = 0; i < lines; ++i) {
+        __builtin_prefetch(run[i] + offset, 0, 2);
+      }
+      at += lines;
+    }
+  }
 };
 
 struct StripKernel {

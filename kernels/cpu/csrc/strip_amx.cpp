@@ -10,46 +10,40 @@ namespace {
 
 constexpr int32_t kColumn = 16;  // dims of a V line
 
-inline void prefetch_lines(const std::byte* lines, int32_t count, std::ptrdiff_t stride) {
-  for (int32_t i = 0; i < count; ++i) {
-    __builtin_prefetch(lines + i * stride, 0, 2);
-  }
+// The product of an operand of rows of q and a tile of the strip's K is added to tile `c`.
+template <int32_t c, int32_t a, int32_t b, typename Kv>
+inline void score_tile(Tiles& tiles, const Strip& strip, Fetch& fetch, std::ptrdiff_t at) {
+  tiles.load<b>(strip.tiles[c].k + at, kLine);
+  Kv::template score<c, a, b>(tiles);
+  fetch.more<8>();
+  fetch.more<8>();
 }
 
-// Four products of one left operand with the four tiles of a strip. `step`: 4, 5 are full tiles, 6, 7 cut ones.
+// Tiles 4, 5 are full operands, 6, 7 cut ones.
 template <int32_t a, int32_t b, typename Kv>
-inline void four_tiles(Tiles& tiles, const Strip& strip, const void* q, std::ptrdiff_t q_stride, std::ptrdiff_t at) {
+inline void score_tiles(Tiles& tiles, const Strip& strip, Fetch& fetch, const void* q, std::ptrdiff_t q_stride,
+                        std::ptrdiff_t at) {
   tiles.load<a>(q, q_stride);
-  tiles.load<b>(strip.tiles[0].k + at, kLine);
-  Kv::template score<0, a, b>(tiles);
-  tiles.load<b>(strip.tiles[1].k + at, kLine);
-  Kv::template score<1, a, b>(tiles);
-  tiles.load<b>(strip.tiles[2].k + at, kLine);
-  Kv::template score<2, a, b>(tiles);
-  tiles.load<b>(strip.tiles[3].k + at, kLine);
-  Kv::template score<3, a, b>(tiles);
+  score_tile<0, a, b, Kv>(tiles, strip, fetch, at);
+  score_tile<1, a, b, Kv>(tiles, strip, fetch, at);
+  score_tile<2, a, b, Kv>(tiles, strip, fetch, at);
+  score_tile<3, a, b, Kv>(tiles, strip, fetch, at);
 }
 
-// [group, 64] sums of q (rows of `q_stride` bytes) with the strip's K. Four bytes of dims are a line of K.
+// [rows, 64] sums of q (rows of `q_stride` bytes) with the strip's K. Four bytes of dims are a line of K.
 template <typename Kv>
-inline void multiply_keys(Tiles& tiles, const Strip& strip, const std::byte* q, std::ptrdiff_t q_stride, int32_t lines,
-                          void* out) {
+inline void multiply_keys(Tiles& tiles, const Strip& strip, Fetch& fetch, const std::byte* q, std::ptrdiff_t q_stride,
+                          int32_t lines, void* out) {
   tiles.zero<0>();
   tiles.zero<1>();
   tiles.zero<2>();
   tiles.zero<3>();
   int32_t line = 0;
   for (; line + 16 <= lines; line += 16) {
-    four_tiles<4, 5, Kv>(tiles, strip, q + 4 * line, q_stride, line * kLine);
-    for (const Tile& next : strip.next) {
-      prefetch_lines(next.k + line * kLine, 16, kLine);
-    }
+    score_tiles<4, 5, Kv>(tiles, strip, fetch, q + 4 * line, q_stride, line * kLine);
   }
   if (line < lines) {
-    four_tiles<6, 7, Kv>(tiles, strip, q + 4 * line, q_stride, line * kLine);
-    for (const Tile& next : strip.next) {
-      prefetch_lines(next.k + line * kLine, lines - line, kLine);
-    }
+    score_tiles<6, 7, Kv>(tiles, strip, fetch, q + 4 * line, q_stride, line * kLine);
   }
   auto* scores = static_cast<std::byte*>(out);
   tiles.store<0>(scores, 256);
@@ -58,46 +52,43 @@ inline void multiply_keys(Tiles& tiles, const Strip& strip, const std::byte* q, 
   tiles.store<3>(scores + 192, 256);
 }
 
+// The product of the weights of a tile's tokens and a column of its V is added to tile `c`.
+template <int32_t c, typename Kv>
+inline void weigh_column(Tiles& tiles, Fetch& fetch, const std::byte* v, std::ptrdiff_t stride) {
+  tiles.load<7>(v + c * kLine, stride);
+  Kv::template weighted<c, 6, 7>(tiles);
+  fetch.more<Kv::kLines>();
+}
+
 // Adds weights (rows of `stride` bytes, `token_bytes` a token) times V of `columns` columns from `column` on to tiles 0
 // to 3. A line of V is four bytes of tokens.
 template <typename Kv, int32_t columns>
-inline void multiply_values(Tiles& tiles, const Strip& strip, const std::byte* weights, std::ptrdiff_t stride,
+inline void multiply_values(Tiles& tiles, const Strip& strip, Fetch& fetch, const void* weights, std::ptrdiff_t stride,
                             int32_t token_bytes, int32_t column, int32_t dim) {
   const std::ptrdiff_t v_stride = dim / kColumn * kLine;
   for (int32_t t = 0; t < strip.count; ++t) {
     const std::byte* v = strip.tiles[t].v + column * kLine;
-    tiles.load<6>(weights + t * kTileTokens * token_bytes, stride);
-    tiles.load<7>(v, v_stride);
-    Kv::template weighted<0, 6, 7>(tiles);
+    tiles.load<6>(static_cast<const std::byte*>(weights) + t * kTileTokens * token_bytes, stride);
+    weigh_column<0, Kv>(tiles, fetch, v, v_stride);
     if constexpr (columns == 4) {
-      tiles.load<7>(v + kLine, v_stride);
-      Kv::template weighted<1, 6, 7>(tiles);
-      tiles.load<7>(v + 2 * kLine, v_stride);
-      Kv::template weighted<2, 6, 7>(tiles);
-      tiles.load<7>(v + 3 * kLine, v_stride);
-      Kv::template weighted<3, 6, 7>(tiles);
+      weigh_column<1, Kv>(tiles, fetch, v, v_stride);
+      weigh_column<2, Kv>(tiles, fetch, v, v_stride);
+      weigh_column<3, Kv>(tiles, fetch, v, v_stride);
     }
   }
 }
 
-// The lines of V that come next, as many as a pass over `columns` columns has read.
-inline void prefetch_values(const Strip& strip, int32_t column, int32_t columns, int32_t lines, int32_t dim) {
-  for (const Tile& next : strip.next) {
-    for (int32_t c = column; c < column + columns; ++c) {
-      prefetch_lines(next.v + c * kLine, lines, dim / kColumn * kLine);
-    }
-  }
-}
-
-// Tiles 0 to 3 hold a row of 64 bytes for each head; 4 and 5 are full operands, 6 and 7 cut ones of `lines` lines.
-inline TileShapes shapes(int32_t heads, int32_t lines) {
+// Tiles 0 to 3 have `rows` rows of 64 bytes; 4 and 5 are full operands, 6 and 7 cut ones of `lines` lines. No line: a
+// tile with rows but no bytes would fault, so one that nobody uses.
+inline TileShapes shapes(int32_t rows, int32_t lines) {
+  lines = lines > 0 ? lines : 1;
   TileShapes made;
   for (int32_t tile = 0; tile < 4; ++tile) {
-    made.set(tile, heads, 64);
+    made.set(tile, rows, 64);
   }
-  made.set(4, heads, 64);
+  made.set(4, rows, 64);
   made.set(5, 16, 64);
-  made.set(6, heads, lines * 4);
+  made.set(6, rows, lines * 4);
   made.set(7, lines, 64);
   return made;
 }
@@ -105,6 +96,7 @@ inline TileShapes shapes(int32_t heads, int32_t lines) {
 // ---- bf16: 16 tokens of V are 8 lines, and so is what is left of K where dim is no multiple of 32
 
 struct Bf16 : Bf16Operands {
+  static constexpr int32_t kBytes = 2;
   static constexpr int32_t kLines = 8;
 
   template <int32_t c, int32_t a, int32_t b>
@@ -116,8 +108,8 @@ struct Bf16 : Bf16Operands {
     tiles.dot_bf16<c, a, b>();
   }
 
-  static void scores(Tiles& tiles, const HeadState& state, const Strip& strip, float (*out)[64]) {
-    multiply_keys<Bf16>(tiles, strip, state.q_packed, state.dim * 2, state.dim / 2, out);
+  static void scores(Tiles& tiles, const HeadState& state, const Strip& strip, Fetch& fetch, float (*out)[64]) {
+    multiply_keys<Bf16>(tiles, strip, fetch, state.q_packed, state.dim * 2, state.dim / 2, out);
     const __m512 scale = _mm512_set1_ps(state.scale);
     for (int32_t h = 0; h < state.group; ++h) {
       for (int32_t t = 0; t < kStripTokens; t += 16) {
@@ -127,7 +119,8 @@ struct Bf16 : Bf16Operands {
   }
 
   template <int32_t columns>
-  static void values(Tiles& tiles, HeadState& state, const Strip& strip, const Weights& weights, int32_t column) {
+  static void values(Tiles& tiles, HeadState& state, const Strip& strip, Fetch& fetch, const Weights& weights,
+                     int32_t column) {
     const std::ptrdiff_t stride = state.dim * sizeof(float);
     float* acc = state.acc + column * kColumn;
     tiles.load<0>(acc, stride);
@@ -136,9 +129,7 @@ struct Bf16 : Bf16Operands {
       tiles.load<2>(acc + 32, stride);
       tiles.load<3>(acc + 48, stride);
     }
-    const auto* bits = reinterpret_cast<const std::byte*>(weights.bits);
-    multiply_values<Bf16, columns>(tiles, strip, bits, sizeof(weights.bits[0]), 2, column, state.dim);
-    prefetch_values(strip, column, columns, kLines, state.dim);
+    multiply_values<Bf16, columns>(tiles, strip, fetch, weights.bits, sizeof(weights.bits[0]), 2, column, state.dim);
     tiles.store<0>(acc, stride);
     if constexpr (columns == 4) {
       tiles.store<1>(acc + 16, stride);
@@ -150,10 +141,13 @@ struct Bf16 : Bf16Operands {
   static TileShapes value_shapes(const HeadState& state) { return shapes(state.group, kLines); }
 };
 
-// ---- int8: high and low bytes of q and weights in passes of their own; 16 tokens of V are 4 lines
+// ---- int8: high and low bytes of q and weights are rows side by side, so 8 heads fill a tile; 16 tokens of V are 4
+// lines
 
 struct Int8 : Int8Operands {
+  static constexpr int32_t kBytes = 1;
   static constexpr int32_t kLines = 4;
+  static constexpr int32_t kHeads = 8;  // at once
 
   template <int32_t c, int32_t a, int32_t b>
   static void score(Tiles& tiles) {
@@ -164,59 +158,57 @@ struct Int8 : Int8Operands {
     tiles.dot_unsigned_signed<c, a, b>();
   }
 
-  static __m512 joined(const int32_t* high, const int32_t* low) {
-    const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high), 8), _mm512_load_si512(low));
-    return _mm512_cvtepi32_ps(sum);
+  // 256 high + low of head h.
+  static __m512 joined(const int32_t (*sums)[64], int32_t h, int32_t at) {
+    const __m512i high = _mm512_load_si512(sums[2 * h] + at);
+    const __m512i low = _mm512_load_si512(sums[2 * h + 1] + at);
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
   }
 
-  static void scores(Tiles& tiles, const HeadState& state, const Strip& strip, float (*out)[64]) {
-    alignas(64) int32_t high[kMaxGroup][64];
-    alignas(64) int32_t low[kMaxGroup][64];
-    const std::ptrdiff_t stride = state.dim * 2;
-    multiply_keys<Int8>(tiles, strip, state.q_packed, stride, state.dim / 4, high);
-    multiply_keys<Int8>(tiles, strip, state.q_packed + state.dim, stride, state.dim / 4, low);
+  static void scores(Tiles& tiles, const HeadState& state, const Strip& strip, Fetch& fetch, float (*out)[64]) {
+    alignas(64) int32_t sums[2 * kMaxGroup][64];
+    for (int32_t h = 0; h < state.group; h += kHeads) {
+      const std::byte* q = state.q_packed + h * state.dim * 2;
+      multiply_keys<Int8>(tiles, strip, fetch, q, state.dim, state.dim / 4, sums[2 * h]);
+    }
     for (int32_t h = 0; h < state.group; ++h) {
       const __m512 scale = _mm512_set1_ps(state.scale * state.q_scale[h]);
       for (int32_t t = 0; t < kStripTiles; ++t) {
         const __m512 token = _mm512_mul_ps(_mm512_loadu_ps(strip.tiles[t].k_scale), scale);
-        _mm512_store_ps(out[h] + t * 16, _mm512_mul_ps(joined(high[h] + t * 16, low[h] + t * 16), token));
+        _mm512_store_ps(out[h] + t * 16, _mm512_mul_ps(joined(sums, h, t * 16), token));
       }
     }
   }
 
   template <int32_t columns>
-  static void multiply(Tiles& tiles, const HeadState& state, const Strip& strip, const uint8_t (*weights)[64],
-                       int32_t column, int32_t (*out)[64]) {
-    tiles.zero<0>();
-    tiles.zero<1>();
-    tiles.zero<2>();
-    tiles.zero<3>();
-    const auto* bytes = reinterpret_cast<const std::byte*>(weights);
-    multiply_values<Int8, columns>(tiles, strip, bytes, sizeof(weights[0]), 1, column, state.dim);
-    tiles.store<0>(out[0], sizeof(out[0]));
-    tiles.store<1>(out[0] + 16, sizeof(out[0]));
-    tiles.store<2>(out[0] + 32, sizeof(out[0]));
-    tiles.store<3>(out[0] + 48, sizeof(out[0]));
-  }
-
-  template <int32_t columns>
-  static void values(Tiles& tiles, HeadState& state, const Strip& strip, const Weights& weights, int32_t column) {
-    alignas(64) int32_t high[kMaxGroup][64];
-    alignas(64) int32_t low[kMaxGroup][64];
-    multiply<columns>(tiles, state, strip, weights.high, column, high);
-    prefetch_values(strip, column, columns, kLines, state.dim);
-    multiply<columns>(tiles, state, strip, weights.low, column, low);
+  static void values(Tiles& tiles, HeadState& state, const Strip& strip, Fetch& fetch, const Weights& weights,
+                     int32_t column) {
+    alignas(64) int32_t sums[2 * kMaxGroup][64];
+    for (int32_t h = 0; h < state.group; h += kHeads) {
+      tiles.zero<0>();
+      tiles.zero<1>();
+      tiles.zero<2>();
+      tiles.zero<3>();
+      multiply_values<Int8, columns>(tiles, strip, fetch, weights.bytes[h], 64, 1, column, state.dim);
+      tiles.store<0>(sums[2 * h], sizeof(sums[0]));
+      if constexpr (columns == 4) {
+        tiles.store<1>(sums[2 * h] + 16, sizeof(sums[0]));
+        tiles.store<2>(sums[2 * h] + 32, sizeof(sums[0]));
+        tiles.store<3>(sums[2 * h] + 48, sizeof(sums[0]));
+      }
+    }
     const __m512 unit = _mm512_set1_ps(weights.unit);
     for (int32_t h = 0; h < state.group; ++h) {
       float* acc = state.acc + h * state.dim + column * kColumn;
       for (int32_t c = 0; c < columns * kColumn; c += 16) {
-        const __m512 sum = joined(high[h] + c, low[h] + c);
-        _mm512_storeu_ps(acc + c, _mm512_fmadd_ps(sum, unit, _mm512_loadu_ps(acc + c)));
+        _mm512_storeu_ps(acc + c, _mm512_fmadd_ps(joined(sums, h, c), unit, _mm512_loadu_ps(acc + c)));
       }
     }
   }
-  static TileShapes key_shapes(const HeadState& state) { return shapes(state.group, state.dim % 64 / 4); }
-  static TileShapes value_shapes(const HeadState& state) { return shapes(state.group, kLines); }
+  // Rows of heads that are not there are computed and left alone.
+  static int32_t rows(const HeadState& state) { return 2 * (state.group < kHeads ? state.group : kHeads); }
+  static TileShapes key_shapes(const HeadState& state) { return shapes(rows(state), state.dim % 64 / 4); }
+  static TileShapes value_shapes(const HeadState& state) { return shapes(rows(state), kLines); }
 };
 
 // ---- either
@@ -226,20 +218,22 @@ void attend(HeadState& state, const Strip& strip) {
   alignas(64) float scores[kMaxGroup][64];
   typename Kv::Weights weights;
   weights.start(strip);
+  Fetch fetch(strip, state.dim * kTileTokens * Kv::kBytes);
   Tiles tiles;
   tiles.configure(Kv::key_shapes(state));
-  Kv::scores(tiles, state, strip, scores);
+  Kv::scores(tiles, state, strip, fetch, scores);
   for (int32_t h = 0; h < state.group; ++h) {
+    fetch.more<8>();
     Kv::weigh(state, strip, h, scores[h], weights);
   }
   tiles.configure(Kv::value_shapes(state));
   const int32_t columns = state.dim / kColumn;
   int32_t column = 0;
   for (; column + 4 <= columns; column += 4) {
-    Kv::template values<4>(tiles, state, strip, weights, column);
+    Kv::template values<4>(tiles, state, strip, fetch, weights, column);
   }
   for (; column < columns; ++column) {
-    Kv::template values<1>(tiles, state, strip, weights, column);
+    Kv::template values<1>(tiles, state, strip, fetch, weights, column);
   }
   tiles.release();
 }

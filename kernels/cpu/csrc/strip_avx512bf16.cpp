@@ -1,7 +1,8 @@
 // Vector loops with dot-product instructions. bf16: VDPBF16PS adds pairs of exact products in fp32; q and K are not
 // rounded, weights are (to 8 bits, as FlashAttention does). int8: VPDPBUSD adds quads of 8-bit products; q and weights
 // are cut into two bytes each, 16 bits in all, so that they add no error to speak of. A lone fp32 multiply-add per
-// element and head cannot keep up with memory on cores with 256-bit datapaths (docs/perf-log.md).
+// element and head cannot keep up with memory on cores with 256-bit datapaths (docs/perf-log.md). Lines of four tiles
+// are read side by side, V's as well as K's: that too keeps memory busier than tile after tile.
 #include "strip_dot.hpp"
 
 namespace neo {
@@ -11,6 +12,20 @@ inline int32_t word(const void* at) {
   int32_t value;
   __builtin_memcpy(&value, at, sizeof(value));
   return value;
+}
+
+inline __m512i four_bytes(const void* at) { return _mm512_set1_epi32(word(at)); }
+
+// sum + a . b. Written out because GCC 12 copies the accumulators of its own intrinsics around in every step of a loop.
+inline __m512 add_pairs(__m512 sum, __m512i a, __m512i b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+
+// The same with `a` unsigned and `b` signed bytes.
+inline __m512i add_quads(__m512i sum, __m512i a, __m512i b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
 }
 
 // Calls f<n>() with n = min(count, kMost).
@@ -25,14 +40,19 @@ inline void with_count(int32_t count, F&& f) {
   }
 }
 
+// How many lines to prefetch for every four that one pass over heads reads, so that `passes` together prefetch a strip.
+constexpr int32_t share_of(int32_t passes) { return passes == 1 ? 4 : passes == 2 ? 2 : 1; }
+
 // ---- bf16
 
 struct Bf16 : Bf16Operands {
-  static constexpr int32_t kHeads = 4;      // at once: 16 accumulators of the 32 registers
-  static constexpr int32_t kEarlyRows = 3;  // of the 8 lines that a column of V has
+  static constexpr int32_t kBytes = 2;
+  static constexpr int32_t kHeads = 4;       // at once: 16 accumulators of the 32 registers
+  static constexpr int32_t kValueHeads = 2;  // likewise, with all columns of 128 dims: V goes by in order of addresses
+  static constexpr int32_t kColumns = 8;
 
-  template <int32_t heads, int32_t tiles>
-  static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
+  template <int32_t heads, int32_t tiles, int32_t share>
+  static void scores(const HeadState& state, const Strip& strip, Fetch& fetch, int32_t head, float (*out)[64]) {
     __m512 acc[heads][tiles];
     for (auto& row : acc) {
       for (__m512& x : row) {
@@ -46,12 +66,12 @@ struct Bf16 : Bf16Operands {
       __m512i k[tiles];
       for (int32_t t = 0; t < tiles; ++t) {
         k[t] = _mm512_loadu_si512(strip.tiles[t].k + i * kLine);
-        __builtin_prefetch(ahead.tiles[t].k + i * kLine, 0, 2);
       }
+      fetch.more<share>();
       for (int32_t h = 0; h < heads; ++h) {
-        const __m512i pair = _mm512_set1_epi32(word(q + h * state.dim * 2 + i * 4));
+        const __m512i pair = four_bytes(q + h * state.dim * 2 + i * 4);
         for (int32_t t = 0; t < tiles; ++t) {
-          acc[h][t] = _mm512_dpbf16_ps(acc[h][t], reinterpret_cast<__m512bh>(k[t]), reinterpret_cast<__m512bh>(pair));
+          acc[h][t] = add_pairs(acc[h][t], k[t], pair);
         }
       }
     }
@@ -62,9 +82,10 @@ struct Bf16 : Bf16Operands {
     }
   }
 
-  template <int32_t heads, int32_t columns>
-  static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
-                     const uint16_t (*weights)[64]) {
+  // Adds `tiles` tiles from `first` on, in `columns` vectors of 16 dims.
+  template <int32_t heads, int32_t columns, int32_t tiles, int32_t share>
+  static void values(HeadState& state, const Strip& strip, Fetch& fetch, int32_t column, int32_t head, int32_t first,
+                     const Weights& weights) {
     __m512 acc[heads][columns];
     for (int32_t h = 0; h < heads; ++h) {
       for (int32_t c = 0; c < columns; ++c) {
@@ -72,24 +93,24 @@ struct Bf16 : Bf16Operands {
       }
     }
     const std::ptrdiff_t stride = state.dim / 16 * kLine;
-    for (int32_t t = 0; t < strip.count; ++t) {
-      const std::byte* row = strip.tiles[t].v + column * kLine;
-      const std::byte* next = ahead.tiles[t].v + column * kLine;
+    std::ptrdiff_t at = column * kLine;
 #pragma GCC unroll 1
-      for (int32_t i = 0; i < 8; ++i, row += stride, next += stride) {
-        __m512i v[columns];
-        for (int32_t c = 0; c < columns; ++c) {
-          v[c] = _mm512_loadu_si512(row + c * kLine);
-          if (i >= kEarlyRows) {
-            __builtin_prefetch(next + c * kLine, 0, 2);
+    for (int32_t i = 0; i < 8; ++i, at += stride) {
+      __m512i pair[heads][tiles];
+      for (int32_t h = 0; h < heads; ++h) {
+        for (int32_t t = 0; t < tiles; ++t) {
+          pair[h][t] = four_bytes(weights.bits[head + h] + (first + t) * 16 + i * 2);
+        }
+      }
+#pragma GCC unroll 8
+      for (int32_t c = 0; c < columns; ++c) {
+        for (int32_t t = 0; t < tiles; ++t) {
+          const __m512i v = _mm512_loadu_si512(strip.tiles[first + t].v + at + c * kLine);
+          for (int32_t h = 0; h < heads; ++h) {
+            acc[h][c] = add_pairs(acc[h][c], v, pair[h][t]);
           }
         }
-        for (int32_t h = 0; h < heads; ++h) {
-          const __m512i pair = _mm512_set1_epi32(word(weights[head + h] + t * 16 + i * 2));
-          for (int32_t c = 0; c < columns; ++c) {
-            acc[h][c] = _mm512_dpbf16_ps(acc[h][c], reinterpret_cast<__m512bh>(v[c]), reinterpret_cast<__m512bh>(pair));
-          }
-        }
+        fetch.more<share>();
       }
     }
     for (int32_t h = 0; h < heads; ++h) {
@@ -98,22 +119,18 @@ struct Bf16 : Bf16Operands {
       }
     }
   }
-
-  template <int32_t heads, int32_t columns>
-  static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
-                     const Weights& weights) {
-    values<heads, columns>(state, strip, ahead, column, head, weights.bits);
-  }
 };
 
 // ---- int8
 
 struct Int8 : Int8Operands {
-  static constexpr int32_t kHeads = 2;      // high and low bytes: 16 accumulators again
-  static constexpr int32_t kEarlyRows = 1;  // of 4
+  static constexpr int32_t kBytes = 1;
+  static constexpr int32_t kHeads = 2;  // high and low bytes: 16 accumulators again
+  static constexpr int32_t kValueHeads = 2;
+  static constexpr int32_t kColumns = 4;
 
-  template <int32_t heads, int32_t tiles>
-  static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head, float (*out)[64]) {
+  template <int32_t heads, int32_t tiles, int32_t share>
+  static void scores(const HeadState& state, const Strip& strip, Fetch& fetch, int32_t head, float (*out)[64]) {
     __m512i high[heads][tiles];
     __m512i low[heads][tiles];
     for (int32_t h = 0; h < heads; ++h) {
@@ -130,15 +147,15 @@ struct Int8 : Int8Operands {
       __m512i k[tiles];
       for (int32_t t = 0; t < tiles; ++t) {
         k[t] = _mm512_xor_si512(_mm512_loadu_si512(strip.tiles[t].k + i * kLine), flip);
-        __builtin_prefetch(ahead.tiles[t].k + i * kLine, 0, 2);
       }
+      fetch.more<share>();
       for (int32_t h = 0; h < heads; ++h) {
         const std::byte* bytes = q + h * state.dim * 2 + i * 4;
-        const __m512i q_high = _mm512_set1_epi32(word(bytes));
-        const __m512i q_low = _mm512_set1_epi32(word(bytes + state.dim));
+        const __m512i q_high = four_bytes(bytes);
+        const __m512i q_low = four_bytes(bytes + state.dim);
         for (int32_t t = 0; t < tiles; ++t) {
-          high[h][t] = _mm512_dpbusd_epi32(high[h][t], k[t], q_high);
-          low[h][t] = _mm512_dpbusd_epi32(low[h][t], k[t], q_low);
+          high[h][t] = add_quads(high[h][t], k[t], q_high);
+          low[h][t] = add_quads(low[h][t], k[t], q_low);
         }
       }
     }
@@ -152,8 +169,8 @@ struct Int8 : Int8Operands {
     }
   }
 
-  template <int32_t heads, int32_t columns>
-  static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
+  template <int32_t heads, int32_t columns, int32_t tiles, int32_t share>
+  static void values(HeadState& state, const Strip& strip, Fetch& fetch, int32_t column, int32_t head, int32_t first,
                      const Weights& weights) {
     __m512i high[heads][columns];
     __m512i low[heads][columns];
@@ -164,24 +181,22 @@ struct Int8 : Int8Operands {
       }
     }
     const std::ptrdiff_t stride = state.dim / 16 * kLine;
-    for (int32_t t = 0; t < strip.count; ++t) {
-      const std::byte* row = strip.tiles[t].v + column * kLine;
-      const std::byte* next = ahead.tiles[t].v + column * kLine;
+    std::ptrdiff_t at = column * kLine;
 #pragma GCC unroll 1
-      for (int32_t i = 0; i < 4; ++i, row += stride, next += stride) {
+    for (int32_t i = 0; i < 4; ++i, at += stride) {
+#pragma GCC unroll 1
+      for (int32_t t = first; t < first + tiles; ++t) {
         __m512i v[columns];
         for (int32_t c = 0; c < columns; ++c) {
-          v[c] = _mm512_loadu_si512(row + c * kLine);
-          if (i >= kEarlyRows) {
-            __builtin_prefetch(next + c * kLine, 0, 2);
-          }
+          v[c] = _mm512_loadu_si512(strip.tiles[t].v + at + c * kLine);
         }
+        fetch.more<share>();
         for (int32_t h = 0; h < heads; ++h) {
-          const __m512i w_high = _mm512_set1_epi32(word(weights.high[head + h] + t * 16 + i * 4));
-          const __m512i w_low = _mm512_set1_epi32(word(weights.low[head + h] + t * 16 + i * 4));
+          const __m512i w_high = four_bytes(weights.bytes[head + h][0] + t * 16 + i * 4);
+          const __m512i w_low = four_bytes(weights.bytes[head + h][1] + t * 16 + i * 4);
           for (int32_t c = 0; c < columns; ++c) {
-            high[h][c] = _mm512_dpbusd_epi32(high[h][c], w_high, v[c]);
-            low[h][c] = _mm512_dpbusd_epi32(low[h][c], w_low, v[c]);
+            high[h][c] = add_quads(high[h][c], w_high, v[c]);
+            low[h][c] = add_quads(low[h][c], w_low, v[c]);
           }
         }
       }
@@ -199,44 +214,73 @@ struct Int8 : Int8Operands {
 
 // ---- either
 
-template <typename Kv, int32_t heads>
-inline void attend_heads(HeadState& state, const Strip& strip, int32_t head, float (*scores)[64],
-                         typename Kv::Weights& weights) {
-  constexpr int32_t kColumns = 4;
-  const Ahead ahead = ahead_of(strip, head / Kv::kHeads, (state.group + Kv::kHeads - 1) / Kv::kHeads);
-  if (strip.count == 1) {
-    Kv::template scores<heads, 1>(state, strip, ahead, head, scores);
-  } else {
-    Kv::template scores<heads, kStripTiles>(state, strip, ahead, head, scores);
+template <typename Kv, int32_t heads, int32_t columns, int32_t share>
+inline void column_values(HeadState& state, const Strip& strip, Fetch& fetch, int32_t column, int32_t head,
+                          const typename Kv::Weights& weights) {
+  if (strip.count == kStripTiles) {
+    Kv::template values<heads, columns, kStripTiles, share>(state, strip, fetch, column, head, 0, weights);
+    return;
   }
-  const int32_t early = Kv::kEarlyRows * state.dim / 16;
-  for (int32_t h = 0; h < heads; ++h) {
-    // Memory would be idle while scores become weights.
-    for (int32_t t = h; t < kStripTiles; t += heads) {
-      for (int32_t i = 0; i < early; ++i) {
-        __builtin_prefetch(ahead.tiles[t].v + i * kLine, 0, 2);
-      }
-    }
-    Kv::weigh(state, strip, head + h, scores[head + h], weights);
+  for (int32_t t = 0; t < strip.count; ++t) {
+    Kv::template values<heads, columns, 1, share>(state, strip, fetch, column, head, t, weights);
   }
+}
+
+template <typename Kv, int32_t heads, int32_t share>
+inline void all_values(HeadState& state, const Strip& strip, Fetch& fetch, int32_t head,
+                       const typename Kv::Weights& weights) {
   const int32_t columns = state.dim / 16;
   int32_t column = 0;
-  for (; column + kColumns <= columns; column += kColumns) {
-    Kv::template values<heads, kColumns>(state, strip, ahead, column, head, weights);
+  for (; column + Kv::kColumns <= columns; column += Kv::kColumns) {
+    column_values<Kv, heads, Kv::kColumns, share>(state, strip, fetch, column, head, weights);
+  }
+  for (; column + 4 <= columns; column += 4) {
+    column_values<Kv, heads, 4, share>(state, strip, fetch, column, head, weights);
   }
   for (; column < columns; ++column) {
-    Kv::template values<heads, 1>(state, strip, ahead, column, head, weights);
+    column_values<Kv, heads, 1, share>(state, strip, fetch, column, head, weights);
+  }
+}
+
+// `passes` over heads: how many for K, or 3 for more.
+template <typename Kv, int32_t passes>
+void attend_group(HeadState& state, const Strip& strip) {
+  constexpr int32_t kShare = share_of(passes);
+  constexpr int32_t kValueShare = share_of(passes * Kv::kHeads / Kv::kValueHeads);
+  alignas(64) float scores[kMaxGroup][64];
+  typename Kv::Weights weights;
+  weights.start(strip);
+  Fetch fetch(strip, state.dim * kTileTokens * Kv::kBytes);
+  for (int32_t head = 0; head < state.group; head += Kv::kHeads) {
+    with_count<Kv::kHeads>(state.group - head, [&]<int32_t heads>() {
+      if (strip.count == 1) {
+        Kv::template scores<heads, 1, kShare>(state, strip, fetch, head, scores);
+      } else {
+        Kv::template scores<heads, kStripTiles, kShare>(state, strip, fetch, head, scores);
+      }
+    });
+  }
+  for (int32_t head = 0; head < state.group; ++head) {
+    fetch.more<4>();  // memory would be idle meanwhile
+    fetch.more<4>();
+    Kv::weigh(state, strip, head, scores[head], weights);
+  }
+  for (int32_t head = 0; head < state.group; head += Kv::kValueHeads) {
+    with_count<Kv::kValueHeads>(state.group - head, [&]<int32_t heads>() {
+      all_values<Kv, heads, kValueShare>(state, strip, fetch, head, weights);
+    });
   }
 }
 
 template <typename Kv>
 void attend(HeadState& state, const Strip& strip) {
-  alignas(64) float scores[kMaxGroup][64];
-  typename Kv::Weights weights;
-  weights.start(strip);
-  for (int32_t head = 0; head < state.group; head += Kv::kHeads) {
-    with_count<Kv::kHeads>(state.group - head,
-                           [&]<int32_t heads>() { attend_heads<Kv, heads>(state, strip, head, scores, weights); });
+  const int32_t passes = (state.group + Kv::kHeads - 1) / Kv::kHeads;
+  if (passes == 1) {
+    attend_group<Kv, 1>(state, strip);
+  } else if (passes == 2) {
+    attend_group<Kv, 2>(state, strip);
+  } else {
+    attend_group<Kv, 3>(state, strip);
   }
 }
 

@@ -72,8 +72,7 @@ struct Int8Operands {
   // weight * V scale = unit * (256 high + low), both unsigned. No weight exceeds 1, so the largest V scale sets the
   // unit.
   struct Weights {
-    alignas(64) uint8_t high[kMaxGroup][64];
-    alignas(64) uint8_t low[kMaxGroup][64];
+    alignas(64) uint8_t bytes[kMaxGroup][2][64];  // high, low
     alignas(64) float factor[64];
     float unit;
 
@@ -98,8 +97,9 @@ struct Int8Operands {
     for (int32_t t = 0; t < kStripTokens; t += 16) {
       const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(row + t), _mm512_load_ps(weights.factor + t));
       const __m512i x = _mm512_cvtps_epi32(scaled);
-      _mm_store_si128(reinterpret_cast<__m128i*>(weights.high[h] + t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
-      _mm_store_si128(reinterpret_cast<__m128i*>(weights.low[h] + t), _mm512_cvtepi32_epi8(x));
+      _mm_store_si128(reinterpret_cast<__m128i*>(weights.bytes[h][0] + t),
+                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(x, 8)));
+      _mm_store_si128(reinterpret_cast<__m128i*>(weights.bytes[h][1] + t), _mm512_cvtepi32_epi8(x));
     }
   }
 };

@@ -21,8 +21,10 @@ struct FmaStrip {
   static constexpr int32_t kPacked = Wide::kPacked;
   static constexpr int32_t kRowBytes = 16 * kPacked * Wide::kBytes;
 
+  static constexpr int32_t lines_of(int32_t bytes) { return bytes > 64 ? bytes / 64 : 1; }
+
   template <int32_t kHeads, int32_t kTiles>
-  static void scores(const HeadState& state, const Strip& strip, const Ahead& ahead, int32_t first, int32_t head,
+  static void scores(const HeadState& state, const Strip& strip, Fetch& fetch, int32_t first, int32_t head,
                      float (*out)[64]) {
     Vec acc[kHeads][kTiles * kParts];
     for (auto& row : acc) {
@@ -32,9 +34,9 @@ struct FmaStrip {
     }
     const float* q = state.q + head * state.dim;
     for (int32_t i = 0; i < state.dim / kPacked; ++i) {
+      fetch.more<lines_of(kTiles * kRowBytes)>();
       for (int32_t t = 0; t < kTiles; ++t) {
         const std::byte* row = strip.tiles[first + t].k + i * kRowBytes;
-        __builtin_prefetch(ahead.tiles[first + t].k + i * kRowBytes, 0, 2);
         for (int32_t part = 0; part < kParts; ++part) {
           each_packed<kPacked>([&]<int32_t j>() {
             const Vec x = Wide::template get<j>(row, part * kLanes);
@@ -59,7 +61,7 @@ struct FmaStrip {
   }
 
   template <int32_t kHeads, int32_t kColumns>
-  static void values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t column, int32_t head,
+  static void values(HeadState& state, const Strip& strip, Fetch& fetch, int32_t column, int32_t head,
                      const float (*weights)[64]) {
     Vec acc[kHeads][kColumns * kParts];
     for (int32_t h = 0; h < kHeads; ++h) {
@@ -67,13 +69,13 @@ struct FmaStrip {
         acc[h][c] = Vec::load(state.acc + (head + h) * state.dim + column * 16 + c * kLanes);
       }
     }
-    for (int32_t t = 0; t < strip.count; ++t) {
-      for (int32_t i = 0; i < 16 / kPacked; ++i) {
-        const int32_t offset = (i * (state.dim / 16) + column) * kRowBytes;
+    for (int32_t i = 0; i < 16 / kPacked; ++i) {
+      const int32_t offset = (i * (state.dim / 16) + column) * kRowBytes;
+      for (int32_t t = 0; t < strip.count; ++t) {
+        fetch.more<lines_of(kColumns * kRowBytes)>();
         const float* weight = weights[head] + t * 16 + i * kPacked;
         for (int32_t c = 0; c < kColumns; ++c) {
           const std::byte* row = strip.tiles[t].v + offset + c * kRowBytes;
-          __builtin_prefetch(ahead.tiles[t].v + offset + c * kRowBytes, 0, 2);
           for (int32_t part = 0; part < kParts; ++part) {
             each_packed<kPacked>([&]<int32_t j>() {
               const Vec x = Wide::template get<j>(row, part * kLanes);
@@ -94,26 +96,25 @@ struct FmaStrip {
   }
 
   template <int32_t kHeads>
-  static void all_values(HeadState& state, const Strip& strip, const Ahead& ahead, int32_t head,
-                         const float (*weights)[64]) {
+  static void all_values(HeadState& state, const Strip& strip, Fetch& fetch, int32_t head, const float (*weights)[64]) {
     const int32_t columns = state.dim / 16;
     int32_t column = 0;
     for (; column + Vec::kColumns <= columns; column += Vec::kColumns) {
-      values<kHeads, Vec::kColumns>(state, strip, ahead, column, head, weights);
+      values<kHeads, Vec::kColumns>(state, strip, fetch, column, head, weights);
     }
     for (; column < columns; ++column) {
-      values<kHeads, 1>(state, strip, ahead, column, head, weights);
+      values<kHeads, 1>(state, strip, fetch, column, head, weights);
     }
   }
 
   template <int32_t kHeads>
-  static void heads(HeadState& state, const Strip& strip, int32_t head, float (*scratch)[64], const float* v_scales) {
-    const Ahead ahead = ahead_of(strip, head / kMostHeads, (state.group + kMostHeads - 1) / kMostHeads);
+  static void heads(HeadState& state, const Strip& strip, Fetch& fetch, int32_t head, float (*scratch)[64],
+                    const float* v_scales) {
     if (strip.count == 1) {
-      scores<kHeads, 1>(state, strip, ahead, 0, head, scratch);
+      scores<kHeads, 1>(state, strip, fetch, 0, head, scratch);
     } else {
       for (int32_t tile = 0; tile < strip.count; tile += Vec::kTiles) {
-        scores<kHeads, Vec::kTiles>(state, strip, ahead, tile, head, scratch);
+        scores<kHeads, Vec::kTiles>(state, strip, fetch, tile, head, scratch);
       }
     }
     for (int32_t h = head; h < head + kHeads; ++h) {
@@ -124,7 +125,7 @@ struct FmaStrip {
         }
       }
     }
-    all_values<kHeads>(state, strip, ahead, head, scratch);
+    all_values<kHeads>(state, strip, fetch, head, scratch);
   }
 
   static void attend(HeadState& state, const Strip& strip) {
@@ -133,9 +134,10 @@ struct FmaStrip {
     if constexpr (kv == DType::kInt8) {
       load_v_scales(strip, v_scales);
     }
+    Fetch fetch(strip, state.dim * kTileTokens * Wide::kBytes);
     for (int32_t head = 0; head < state.group; head += kMostHeads) {
       with_count<kMostHeads>(state.group - head,
-                             [&]<int32_t kHeads>() { heads<kHeads>(state, strip, head, scratch, v_scales); });
+                             [&]<int32_t kHeads>() { heads<kHeads>(state, strip, fetch, head, scratch, v_scales); });
     }
   }
 

@@ -9,14 +9,6 @@
 namespace neo {
 namespace {
 
-inline Ahead ahead_of(const Strip& strip, int32_t pass, int32_t passes) {
-  Ahead ahead;
-  for (int32_t t = 0; t < kStripTiles; ++t) {
-    ahead.tiles[t] = t % passes == pass ? strip.next[t] : strip.tiles[t];
-  }
-  return ahead;
-}
-
 // cap * tanh(x / cap). Near 0 by Cephes' polynomial: 1 - 2 / (exp(2x) + 1) loses the small differences there.
 template <typename Vec>
 inline Vec cap_scores(Vec score, float softcap) {

@@ -111,22 +111,33 @@ struct ThreadPool::Impl {
     }
   }
 
+  Ticket take() {
+    const Ticket seen(ticket.load(std::memory_order_acquire));
+    return seen.valid() ? Ticket(ticket.fetch_add(1, std::memory_order_acq_rel)) : seen;
+  }
+
   void take_items() {
-    while (Ticket(ticket.load(std::memory_order_acquire)).valid()) {
-      const Ticket mine(ticket.fetch_add(1, std::memory_order_acq_rel));
-      if (!mine.valid()) {
-        return;
-      }
-      try {
-        (*body)(static_cast<int32_t>(mine.next));
-      } catch (...) {
-        const std::lock_guard lock(error_mutex);
-        if (!error) {
-          error = std::current_exception();
-        }
-      }
+    // Towards the end each thread takes what it can do at once: an item reserved by a slow one would be waited for.
+    const uint64_t reserve = 2 * (helpers.size() + 1);
+    Ticket mine = take();
+    while (mine.valid()) {
+      const Ticket next = mine.next + reserve < mine.items ? take() : Ticket(0);
+      run_item(mine, next);
+      // Once this item counts as done its region may end, unless `next` holds it open.
       if (done.fetch_add(1) + 1 == mine.items && caller_parked.load()) {
         wake(done, 1);
+      }
+      mine = next.valid() ? next : take();
+    }
+  }
+
+  void run_item(const Ticket& mine, const Ticket& next) {
+    try {
+      (*body)(static_cast<int32_t>(mine.next), next.valid() ? static_cast<int32_t>(next.next) : -1);
+    } catch (...) {
+      const std::lock_guard lock(error_mutex);
+      if (!error) {
+        error = std::current_exception();
       }
     }
   }
@@ -157,7 +168,7 @@ struct ThreadPool::Impl {
   std::vector<std::thread> helpers;
   std::unique_ptr<std::byte[], FreeScratch> scratch;
   std::size_t scratch_bytes = 0;
-  const std::function<void(int32_t)>* body = nullptr;
+  const std::function<void(int32_t, int32_t)>* body = nullptr;
   std::mutex error_mutex;
   std::exception_ptr error;
   alignas(kLine) std::atomic<uint64_t> ticket{0};
@@ -184,13 +195,13 @@ int32_t ThreadPool::size() const { return static_cast<int32_t>(impl_->helpers.si
 
 Isa ThreadPool::isa() const { return impl_->isa; }
 
-void ThreadPool::run(int32_t items, const std::function<void(int32_t item)>& body, int32_t helpers) {
+void ThreadPool::run(int32_t items, const std::function<void(int32_t item, int32_t next)>& body, int32_t helpers) {
   if (items >= kMaxItems) {
     throw std::invalid_argument("too many items for one parallel region");
   }
   if (items <= 1 || helpers <= 0 || impl_->helpers.empty()) {
     for (int32_t item = 0; item < items; ++item) {
-      body(item);
+      body(item, item + 1 < items ? item + 1 : -1);
     }
     return;
   }

@@ -25,10 +25,11 @@ class ThreadPool {
   // What its regions' vector loops are compiled for: chosen_isa() when the pool was made.
   Isa isa() const;
 
-  // Calls body(i) for each i in [0, items), items below 16 million, taken dynamically; returns when all are done,
-  // without waiting for helpers that found nothing to do. Wakes at most `helpers` that have parked. The first exception
-  // of a body is rethrown here. Not re-entrant, one caller at a time.
-  void run(int32_t items, const std::function<void(int32_t item)>& body, int32_t helpers = 1 << 20);
+  // Calls body(i, next) for each i in [0, items), items below 16 million, taken dynamically; returns when all are done,
+  // without waiting for helpers that found nothing to do. `next`: what the same thread will take after i, so that it
+  // can be prefetched, or -1 if that is open. Wakes at most `helpers` that have parked. The first exception of a body
+  // is rethrown here. Not re-entrant, one caller at a time.
+  void run(int32_t items, const std::function<void(int32_t item, int32_t next)>& body, int32_t helpers = 1 << 20);
 
   // Memory for the region's partial results, aligned to 64 bytes, kept from call to call. Its content is undefined.
   std::byte* scratch(std::size_t bytes);

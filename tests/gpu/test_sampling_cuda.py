@@ -43,7 +43,8 @@ def on_cpu(directory: Path, asked: list[Submit]) -> Answers:
 
 
 def on_cuda(directory: Path, asked: list[Submit], preempt_every: int = 0, **how: Any) -> mixed.Run:
-    with real_core(config(directory, device="cuda", **how)) as core:
+    made = config(directory, device="cuda", max_running_requests=16, **how)
+    with real_core(made) as core:
         return mixed.run_mixed(core, asked, preempt_every=preempt_every)
 
 
@@ -91,7 +92,7 @@ def test_logits_that_are_not_finite_end_their_request_alone(directory: Path) -> 
     said.update(t for request in asked for t in request.prompt_token_ids)
     poison = next(token for token in range(250) if token not in said)
     spec = {"temperature": 1.0, "frequency_penalty": 1.0, "logprobs": 1}
-    with real_core(config(directory, device="cuda")) as core:
+    with real_core(config(directory, device="cuda", max_running_requests=4)) as core:
         model = core._runner._sweeps.model  # type: ignore[attr-defined]
         with torch.inference_mode():
             model.embedding[poison] = float("nan")

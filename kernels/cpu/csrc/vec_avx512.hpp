@@ -35,22 +35,19 @@ inline Vec512 where_less(Vec512 a, Vec512 b, Vec512 yes, Vec512 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ), no.x, yes.x)};
 }
 
-// Cephes' expf: 2 ulp. 0 below -87; NaN stays NaN (max returns its second operand then).
+// 2^x = 2^floor(x) * 2^r, r in [0, 1) by a polynomial fitted for the least relative error (8e-8, in fp32 2e-7). Half the
+// instructions of Cephes' expf. 0 below -87; NaN stays NaN.
 inline Vec512 exp(Vec512 v) {
-  const __m512 floor = _mm512_set1_ps(-87.0F);
-  const __mmask16 keep = _mm512_cmp_ps_mask(v.x, floor, _CMP_NLT_UQ);
-  const __m512 x = _mm512_min_ps(_mm512_set1_ps(88.0F), _mm512_max_ps(floor, v.x));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504F)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375F), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4F), r);
-  __m512 y = _mm512_set1_ps(1.9875691500e-4F);
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3F));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3F));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2F));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1F));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1F));
-  y = _mm512_fmadd_ps(y, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0F)));
-  return {_mm512_maskz_scalef_ps(keep, y, n)};
+  const __m512 x = _mm512_mul_ps(v.x, _mm512_set1_ps(1.44269504F));
+  const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0F), _CMP_NLT_UQ);
+  const __m512 r = _mm512_reduce_ps(x, 9);  // x - floor(x)
+  __m512 y = _mm512_set1_ps(1.867130496e-3F);
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(9.017029415e-3F));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.579991376e-2F));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(2.401644500e-1F));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(6.931513118e-1F));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0F));
+  return {_mm512_maskz_scalef_ps(keep, y, x)};
 }
 
 template <>

@@ -78,6 +78,11 @@ class StepShape:
         control, step = _native.step_sizes(self.native())
         return int(control), int(step)
 
+    def offsets(self) -> tuple[int, ...]:
+        """Lane 0's places in bytes: the first layer's `submitted` and `done` in control memory, the
+        step from layer to layer; in step memory the size of a slot, of its q, and of its k."""
+        return tuple(int(offset) for offset in _native.step_offsets(self.native()))
+
     @property
     def query_row_bytes(self) -> int:
         return self.query_heads * self.head_dim * _ELEMENT_BYTES[self.activation]

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <cstring>
 #include <memory>
 #include <tuple>
@@ -44,6 +45,13 @@ void bind_shape(py::module_& m) {
   m.def("step_sizes", [](const StepShape& shape) {
     const StepSizes sizes = step_sizes(shape);
     return std::make_pair(sizes.control_bytes, sizes.step_bytes);
+  });
+  // Bytes, of lane 0: for a device that writes and reads step memory itself.
+  m.def("step_offsets", [](const StepShape& shape) {
+    const StepSizes sizes = step_sizes(shape);
+    const std::size_t bells = sizeof(ControlHeader);
+    return std::make_tuple(bells + offsetof(Doorbell, submitted), bells + offsetof(Doorbell, done), sizeof(Doorbell),
+                           sizes.slot_bytes, sizes.q_bytes, sizes.kv_bytes);
   });
   m.def("format_control", [](const StepShape& shape, const Memory& control, const Memory& step, uint64_t epoch,
                              uint32_t first_sweep, const py::bytes& nonce) {

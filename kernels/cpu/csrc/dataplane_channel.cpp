@@ -111,8 +111,10 @@ WaitStatus StepChannel::begin_sweep(std::span<const LaneRows> lanes, int64_t tim
   }
   const uint32_t next = sweep_ + 1;
   const bool freshen = next % (1U << 28) == 0;
-  if (const WaitStatus status = wait_retired(freshen ? next - 1 : next - kSlots, timeout_us);
-      status != WaitStatus::kOk) {
+  // A device that rings has itself waited for a layer before it fills that layer's slot again: only the record must be
+  // free. So sweeps can be published while the one before runs.
+  const uint32_t left = freshen ? next - 1 : next - (device_rings ? kRingRecords : kSlots);
+  if (const WaitStatus status = wait_retired(left, timeout_us); status != WaitStatus::kOk) {
     return status;
   }
   sweep_ = next;

@@ -1,0 +1,234 @@
+"""Deferred attention's side of the device: rows leave for a cpu_service in the middle of a sweep,
+and those that left a sweep ago come back, without a host thread in between.
+
+    depart   q, k, v of the rows beside the sub-batch -> step memory; their state <-> the state of
+             those that arrive (docs/protocol.md, "Shared memory")
+    meet     ring the layer's doorbell; wait until the host is done with what came a sweep ago
+    arrive   o in step memory -> the rows' place in attention's output
+
+Control and step memory is the host's, registered with CUDA; its addresses are read from device
+memory, since a CUDA graph outlives an epoch. A wait ends by the device's clock: the status word is
+then set, and no later wait of the sweep waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from kernels.gpu.tensors import FLOATS, INTERPRET, check
+
+CONTROL, STEP = 0, 1
+"""Places in `bases`."""
+_CHUNK = 2048
+_MOST_POLLS = 200_000
+"""In the interpreter, which has no device clock."""
+
+
+@dataclass(frozen=True)
+class StepOffsets:
+    """Where one lane's parts are in control and step memory, in bytes."""
+
+    submitted: int
+    """Of layer 0's counter in control memory."""
+    done: int
+    bell_stride: int
+    """From one layer's counters to the next one's."""
+    slot: int
+    """Size of a slot; a layer has two, for even and odd sweeps."""
+    q: int
+    """Size of q in a slot, and of o."""
+    kv: int
+    """Size of k, and of v."""
+
+
+@triton.jit
+def _store_release(address, value):
+    """A system-scope release: all that this stream has stored before is there with it."""
+    if INTERPRETED:
+        tl.store(address.to(tl.pointer_type(tl.int32)), value)
+    else:
+        tl.inline_asm_elementwise(
+            "st.release.sys.global.u32 [$1], $2;\n mov.u32 $0, $2;", "=r,l,r",
+            [address, value], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _load_acquire(address):
+    if INTERPRETED:
+        return tl.load(address.to(tl.pointer_type(tl.int32)), volatile=True)
+    return tl.inline_asm_elementwise(
+        "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [address],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _depart_kernel(
+    q_ptr,  # [rows, Q_WIDTH]
+    kv_ptr,  # [rows / 16][K | V][KV_WIDTH / DIM][16][DIM], as a block of the cache
+    residual_ptr,  # [rows, HIDDEN]
+    parked_ptr,  # the same, of the rows that wait for this layer
+    bases_ptr,  # int64 [2]
+    counts_ptr,  # int32 [layers + 2]; the last one is the sweep's number
+    layer, sweep_at, slot_bytes, q_bytes, kv_bytes,
+    Q_WIDTH: tl.constexpr, KV_WIDTH: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr,
+    COPY_PARTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row, part = tl.program_id(0), tl.program_id(1)
+    at = tl.arange(0, CHUNK)
+    if part >= COPY_PARTS:
+        place = (part - COPY_PARTS) * CHUNK + at
+        ok = place < HIDDEN
+        here, there = residual_ptr + row * HIDDEN + place, parked_ptr + row * HIDDEN + place
+        leaving, coming = tl.load(here, mask=ok), tl.load(there, mask=ok)
+        tl.store(here, coming, mask=ok)
+        tl.store(there, leaving, mask=ok)
+        return
+    if row >= tl.load(counts_ptr + layer):
+        return
+    element = part * CHUNK + at
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    size: tl.constexpr = dtype.primitive_bitwidth // 8
+    slot = layer * 2 + (tl.load(counts_ptr + sweep_at) & 1)
+    base = tl.load(bases_ptr + 1) + slot.to(tl.int64) * slot_bytes
+    is_query = element < Q_WIDTH
+    other = element - Q_WIDTH
+    x = tl.load(q_ptr + row * Q_WIDTH + element, mask=is_query, other=0.0)
+    head = row // 16 * (2 * KV_WIDTH // DIM) + other // DIM
+    place = (head * 16 + row % 16) * DIM + other % DIM
+    y = tl.load(kv_ptr + place, mask=(other >= 0) & (other < 2 * KV_WIDTH), other=0.0)
+    target = base.to(tl.pointer_type(dtype))
+    tl.store(target + row * Q_WIDTH + element, x, mask=is_query)
+    is_key = (other >= 0) & (other < KV_WIDTH)
+    tl.store(target + q_bytes // size + row * KV_WIDTH + other, y, mask=is_key)
+    is_value = (other >= KV_WIDTH) & (other < 2 * KV_WIDTH)
+    value = (q_bytes + kv_bytes) // size + row * KV_WIDTH + other - KV_WIDTH
+    tl.store(target + value, y, mask=is_value)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _meet_kernel(
+    bases_ptr, counts_ptr, status_ptr, layer, sweep_at, submitted, done, bell_stride, deadline_ns,
+    MOST_POLLS: tl.constexpr,
+):  # fmt: skip
+    control = tl.load(bases_ptr) + layer.to(tl.int64) * bell_stride
+    sweep = tl.load(counts_ptr + sweep_at)
+    _store_release(control + submitted, sweep)
+    arriving = tl.load(counts_ptr + layer + 1)
+    failed = tl.load(status_ptr)
+    if (arriving > 0) & (failed == 0):
+        ahead = _load_acquire(control + done) - (sweep - 1)
+        if INTERPRETED:
+            polls = 0
+            while (ahead < 0) & (polls < MOST_POLLS):
+                ahead = _load_acquire(control + done) - (sweep - 1)
+                polls += 1
+        else:
+            start = globaltimer()
+            while (ahead < 0) & (globaltimer() - start < deadline_ns):
+                ahead = _load_acquire(control + done) - (sweep - 1)
+        if ahead < 0:
+            tl.store(status_ptr, 1)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _arrive_kernel(
+    out_ptr,  # [rows, Q_WIDTH]
+    bases_ptr, counts_ptr, status_ptr, layer, sweep_at, slot_bytes, o_offset,
+    Q_WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    row, at = tl.program_id(0), tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    if (row >= tl.load(counts_ptr + layer + 1)) | (tl.load(status_ptr) != 0):
+        return
+    slot = layer * 2 + ((tl.load(counts_ptr + sweep_at) - 1) & 1)
+    base = tl.load(bases_ptr + 1) + slot.to(tl.int64) * slot_bytes + o_offset
+    ok = at < Q_WIDTH
+    source = base.to(tl.pointer_type(out_ptr.dtype.element_ty)) + row * Q_WIDTH + at
+    tl.store(out_ptr + row * Q_WIDTH + at, tl.load(source, mask=ok, cache_modifier=".cv"), mask=ok)
+
+
+class HostExchange:
+    """Launches the three for every layer, for sweeps with `rows` (padded) rows beside the
+    sub-batch. Owns the state of the rows that wait."""
+
+    def __init__(
+        self,
+        offsets: StepOffsets,
+        layers: int,
+        rows: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        deadline_seconds: float,
+    ) -> None:
+        self.offsets = offsets
+        self.rows = rows
+        self._layers = layers
+        self._q_width = query_heads * head_dim
+        self._kv_width = kv_heads * head_dim
+        self._deadline_ns = int(1e9 * deadline_seconds)
+        self.parked = torch.zeros(layers, rows, hidden, dtype=dtype, device=device)
+        """The state in front of each layer's end of the rows that wait for its attention."""
+        self.status = torch.zeros(1, dtype=torch.int32, device=device)
+        """Not 0: the host did not come in time; what it should have given is not there."""
+
+    def depart(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        residual: torch.Tensor,
+        bases: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """q: `[rows, query_heads, head_dim]`. kv: `[rows / 16, 2, kv_heads, 16, head_dim]`, K and
+        V. residual: `[rows, hidden]`; afterwards that of the rows that arrive. bases: int64 `[2]`,
+        addresses of control and step memory. counts: int32 `[layers + 2]`: how many rows leave in
+        each layer (those that arrive there leave in the next one), and the sweep's number."""
+        check("q", q, (self.rows, -1, -1), *FLOATS)
+        check("kv", kv, (-(-self.rows // 16), 2, -1, 16, q.shape[2]), q.dtype)
+        check("residual", residual, self.parked.shape[1:], q.dtype)
+        check("bases", bases, (2,), torch.int64)
+        check("counts", counts, (self._layers + 2,), torch.int32)
+        offsets, hidden = self.offsets, residual.shape[1]
+        copies = triton.cdiv(self._q_width + 2 * self._kv_width, _CHUNK)
+        _depart_kernel[(self.rows, copies + triton.cdiv(hidden, _CHUNK))](
+            q, kv, residual, self.parked[layer], bases, counts,
+            layer, self._layers + 1, offsets.slot, offsets.q, offsets.kv,
+            Q_WIDTH=self._q_width, KV_WIDTH=self._kv_width, DIM=q.shape[2], HIDDEN=hidden,
+            COPY_PARTS=copies, CHUNK=_CHUNK, num_warps=4,
+        )  # fmt: skip
+
+    def meet(self, layer: int, bases: torch.Tensor, counts: torch.Tensor) -> None:
+        """After `depart`."""
+        offsets = self.offsets
+        _meet_kernel[(1,)](
+            bases, counts, self.status, layer, self._layers + 1,
+            offsets.submitted, offsets.done, offsets.bell_stride, self._deadline_ns,
+            MOST_POLLS=_MOST_POLLS, num_warps=1,
+        )  # fmt: skip
+
+    def arrive(
+        self, layer: int, out: torch.Tensor, bases: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        """After `meet`. out: `[rows, query_heads, head_dim]`; rows that nobody arrives in stay as
+        they are."""
+        check("out", out, (self.rows, -1, -1), *FLOATS)
+        offsets = self.offsets
+        _arrive_kernel[(self.rows, triton.cdiv(self._q_width, _CHUNK))](
+            out, bases, counts, self.status, layer, self._layers + 1,
+            offsets.slot, offsets.q + 2 * offsets.kv,
+            Q_WIDTH=self._q_width, CHUNK=_CHUNK, num_warps=4,
+        )  # fmt: skip

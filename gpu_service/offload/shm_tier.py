@@ -7,16 +7,17 @@ import contextlib
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from gpu_service.offload.host_tier import HostRows, HostTierState
+from gpu_service.offload.host_tier import HostRows, HostTierStalled, HostTierState
 from gpu_service.offload.keeper import Attachment, View
 from gpu_service.offload.link import Link
 from gpu_service.offload.session_tier import SessionTier
 from gpu_service.offload.shape import HostShape, HostTierOptions
-from kernels.cpu import KvPool, ThreadPool
-from kernels.cpu.dataplane import NONCE_BYTES, StepChannel, StepMemory, WaitStatus
+from kernels.cpu import KvLayout, KvPool, ThreadPool
+from kernels.cpu.dataplane import NONCE_BYTES, StepChannel, StepMemory, StepShape, WaitStatus
 from neo_common.shm.handoff import fetch, has_ended
 from neo_common.shm.memory import SharedMemory
 from protos.neo.v1 import cpu_attention_pb2 as pb
@@ -24,13 +25,32 @@ from protos.neo.v1 import cpu_attention_pb2 as pb
 _HANDOFF_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
+class MappedSession:
+    """One epoch's shared memory as this process maps it: (address, bytes) of each part."""
+
+    epoch: int
+    control: tuple[int, int]
+    step: tuple[int, int]
+    pool: tuple[int, int]
+    keep: object
+    """The mappings live as long as this does."""
+
+
 class ShmAttachment:
     """Control and step memory of one epoch, and the tether to the process that works on them."""
 
     def __init__(
-        self, epoch: int, link: Link, tether: socket.socket, channel: StepChannel, pool: KvPool
+        self,
+        epoch: int,
+        link: Link,
+        tether: socket.socket,
+        memory: StepMemory,
+        channel: StepChannel,
+        pool: KvPool,
     ) -> None:
         self.epoch = epoch
+        self.memory = memory
         self.link = link
         self.channel = channel
         self.pool = pool
@@ -88,7 +108,7 @@ class ShmTransport:
             nonce = os.urandom(NONCE_BYTES)
             memory.write_engine_nonce(nonce)
             channel = StepChannel(memory, self._options.blocks, self._options.spin_us)
-            return ShmAttachment(epoch, link, tether, channel, self._pool), nonce
+            return ShmAttachment(epoch, link, tether, memory, channel, self._pool), nonce
         except BaseException:
             tether.close()
             raise
@@ -140,6 +160,41 @@ class ShmHostTier(SessionTier):
         # This side may have noticed the break before the keeper did.
         settled = self._state is HostTierState.DEGRADED and self._view.state is self._state
         return self._pool if settled and self._view.quiet else None
+
+    @property
+    def step_shape(self) -> StepShape:
+        """What fixes the layout of control and step memory."""
+        return self._shape.step(self._options.max_rows, self._options.max_blocks_per_row)
+
+    @property
+    def layout(self) -> KvLayout:
+        """The host pool's."""
+        return self._shape.layout
+
+    @property
+    def session(self) -> MappedSession | None:
+        """What a device may register and use by itself while the tier is UP."""
+        attachment = self._view.attachment
+        if self._state is not HostTierState.UP or not isinstance(attachment, ShmAttachment):
+            return None
+        _, control, step = attachment.memory.addresses
+        pool = attachment.pool
+        keep = (attachment.memory, pool)
+        return MappedSession(attachment.epoch, control, step, pool.memory, keep)
+
+    def publish(self, rows: HostRows) -> int:
+        """Begin a sweep whose rows a device submits and waits for; returns its number. The sweep
+        before may still run. Raises HostTierStalled."""
+        channel = self._up_channel()
+        lanes = [(rows.lengths, rows.block_tables)]
+        status = channel.begin_sweep(lanes, self._timeout_us, True, rows.ranges)
+        self._check(status, channel)
+        return channel.sweep
+
+    def give_up(self, reason: str) -> None:
+        """The device has waited in vain: this epoch is over."""
+        with contextlib.suppress(HostTierStalled):
+            self._stall(reason)
 
     def write_kv(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         pool = self.mapped_pool

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from gpu_service.kv.table import blocks_for
-from gpu_service.offload.host_tier import HostRows, HostTierStalled
+from gpu_service.offload.host_tier import HostTierStalled
 from gpu_service.pipeline.batch import DeviceBatch
-from gpu_service.pipeline.device_kv import DecodeTables
+from gpu_service.pipeline.cohorts import Cohort, host_rows, no_tables
 from gpu_service.pipeline.device_rows import DeviceRows
 from gpu_service.pipeline.model import DenseModel
 from gpu_service.pipeline.parts import EngineParts, LaneOutcome
@@ -30,12 +28,8 @@ from gpu_service.scheduling.plan import Flight, IterationPlan, Mode
 
 
 @dataclass(frozen=True)
-class _Cohort:
-    """Host rows, maybe none, that are at the same layer."""
-
-    flights: tuple[Flight, ...]
+class _Cohort(Cohort):
     positions: torch.Tensor
-    tables: DecodeTables
     state: torch.Tensor
     """`[rows, hidden]`, of the layer whose attention they wait for."""
 
@@ -106,7 +100,7 @@ class DeferredSweeps:
         # The cohort that waits for the last layer submits no more.
         submitting = [starting, *self._waiting[:-1]]
         try:
-            self._host.begin_sweep([_host_rows(submitting, self._parts.geometry.block_tokens)])
+            self._host.begin_sweep([host_rows(submitting, self._parts.geometry.block_tokens)])
         except HostTierStalled:
             return False
         return True
@@ -185,20 +179,4 @@ class _Sweep:
 
 def _nobody(model: DenseModel) -> _Cohort:
     no_ids = torch.empty(0, dtype=torch.int64, device=model.device)
-    no_tables = DecodeTables(np.empty(0, np.int32), np.empty((0, 0), np.int32))
-    return _Cohort((), no_ids, no_tables, model.embed(no_ids))
-
-
-def _host_rows(submitting: list[_Cohort], block_tokens: int) -> HostRows:
-    """The rows of all cohorts, one behind the other; cohort i submits at layer i."""
-    lengths = np.concatenate([cohort.tables.lengths for cohort in submitting])
-    width = blocks_for(int(lengths.max(initial=1)), block_tokens)
-    tables = np.zeros((len(lengths), width), np.int32)
-    ranges = np.empty((len(submitting), 2), np.int32)
-    end = 0
-    for layer, cohort in enumerate(submitting):
-        begin, end = end, end + len(cohort.flights)
-        ranges[layer] = begin, end
-        known = cohort.tables.block_tables
-        tables[begin:end, : known.shape[1]] = known
-    return HostRows(lengths, tables, ranges)
+    return _Cohort((), no_tables(), no_ids, model.embed(no_ids))

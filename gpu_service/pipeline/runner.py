@@ -152,7 +152,7 @@ def _sampled_rows(
     found.update((row.key, place) for place, row in enumerate(decode, first))
     if mode is Mode.DEFERRED:
         # A choice with a row of its own in this plan began anew since its flight started.
-        busy = {row.key for row in (*batch.prefill, *batch.gpu_decode)}
+        busy = {chunk.key for chunk in batch.prefill} | {row.key for row in batch.gpu_decode}
         for place, flight in enumerate(outcome.landed, first + len(decode)):
             if flight.key not in busy and flight.key not in outcome.void:
                 found[flight.key] = place

@@ -156,6 +156,8 @@ class KvPool:
             view = memoryview(memory)
             place = ctypes.addressof(ctypes.c_char.from_buffer(view))
             size = view.nbytes
+        self.memory = (place, size)
+        """Address and bytes."""
         self.native: Any = _neo_cpu.KvPool(*layout.native(), blocks, place, size)
 
     def write(

@@ -68,15 +68,22 @@ int32_t find_tiles(const Call& call, const ChunkPlan& chunk, int32_t head, int32
   return count;
 }
 
-template <typename T>
-void clear_tokens(std::byte* tile, int32_t packed, int32_t dim, int32_t begin, int32_t end) {
-  for (int32_t t = 0; t < kTileTokens; ++t) {
-    if (t >= begin && t < end) {
-      continue;
-    }
-    T* first = reinterpret_cast<T*>(tile) + static_cast<std::size_t>(t / packed) * dim * packed + t % packed;
-    for (int32_t i = 0; i < dim; ++i) {
-      first[i * packed] = T{0};
+// Copies a tile of V, whose rows hold `packed` tokens each, with zeros for tokens outside of [begin, end).
+void copy_tokens(std::byte* to, const std::byte* from, int32_t packed, std::size_t row_bytes, int32_t begin,
+                 int32_t end) {
+  for (int32_t token = 0; token < kTileTokens; token += packed, to += row_bytes, from += row_bytes) {
+    const int32_t inside = std::min(end, token + packed) - std::max(begin, token);
+    if (inside == packed) {
+      std::memcpy(to, from, row_bytes);
+    } else if (inside <= 0) {
+      std::memset(to, 0, row_bytes);
+    } else {  // one of a pair, in half of each word
+      const uint32_t mask = token >= begin ? 0x0000FFFFU : 0xFFFF0000U;
+      const auto* source = reinterpret_cast<const uint32_t*>(from);
+      auto* target = reinterpret_cast<uint32_t*>(to);
+      for (std::size_t i = 0; i < row_bytes / sizeof(uint32_t); ++i) {
+        target[i] = source[i] & mask;
+      }
     }
   }
 }
@@ -103,12 +110,8 @@ struct CleanV {
         continue;
       }
       std::byte* clean = tiles[used++];
-      std::memcpy(clean, strip.tiles[t].v, kTileTokens * layout.head_dim * call.shape.width);
-      if (layout.dtype == DType::kFloat32) {
-        clear_tokens<uint32_t>(clean, 1, layout.head_dim, begin, end);
-      } else {
-        clear_tokens<uint16_t>(clean, layout.dtype == DType::kBFloat16 ? 2 : 1, layout.head_dim, begin, end);
-      }
+      const int32_t packed = layout.dtype == DType::kBFloat16 ? 2 : 1;
+      copy_tokens(clean, strip.tiles[t].v, packed, packed * layout.head_dim * call.shape.width, begin, end);
       strip.tiles[t].v = clean;
     }
   }
@@ -141,6 +144,9 @@ void start(const Call& call, HeadState& state, std::size_t first_head) {
       const T* q = static_cast<const T*>(call.batch.q) + first_head * state.dim;
       for (int32_t i = 0; i < count; ++i) {
         state.q[i] = to_float(q[i]);
+      }
+      for (int32_t i = 0; i < count; i += 64 / static_cast<int32_t>(sizeof(T))) {
+        __builtin_prefetch(q + count + i, 0, 2);  // of the next KV head
       }
     }
   });

@@ -39,10 +39,10 @@ inline float from_float<float>(float x) {
 template <>
 inline BFloat16 from_float<BFloat16>(float x) {
   const auto bits = std::bit_cast<uint32_t>(x);
-  if ((bits & 0x7FFFFFFFU) > 0x7F800000U) {
-    return {static_cast<uint16_t>(bits >> 16 | 0x40U)};
-  }
-  return {static_cast<uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16)};
+  // Both are computed and one is taken, so that loops over this become vector code.
+  const uint32_t quiet = bits >> 16 | 0x40U;
+  const uint32_t rounded = (bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16;
+  return {static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? quiet : rounded)};
 }
 
 template <>

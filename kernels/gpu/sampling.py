@@ -50,7 +50,7 @@ class Sampler:
         draws: int = 0,
         logprobs: int = 20,
         tile: int = 4096,
-        chunk: int = 2048,
+        chunk: int = 4096,
         room: int = 8192,
     ) -> None:
         """draws: 0 means `rows`. tile: logits of a program while all are looked at; chunk: at a

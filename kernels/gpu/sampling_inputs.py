@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,10 @@ NEVER = float("-inf")
 """As an edit: the token cannot be drawn."""
 
 
-@dataclass(frozen=True)
-class RowWish:
+_NO_EDITS: Mapping[int, float] = MappingProxyType({})
+
+
+class RowWish(NamedTuple):
     """One row's sampling parameters; the defaults take the largest logit."""
 
     temperature: float = 0.0
@@ -30,7 +33,7 @@ class RowWish:
     """Taken modulo 2^64."""
     position: int = 0
     """Which token of the output this is, from 0; the draw depends on it and the seed alone."""
-    edits: Mapping[int, float] = field(default_factory=dict)
+    edits: Mapping[int, float] = _NO_EDITS
     """Token -> what is added to its logit, after penalties; NEVER: it cannot be drawn."""
     history: int = -1
     """Slot of a `History`; -1: no penalties."""

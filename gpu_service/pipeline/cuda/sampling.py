@@ -4,7 +4,7 @@ sweep, without waiting for it."""
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ from kernels.gpu.sampling import Sampler
 from kernels.gpu.sampling_inputs import NEVER, History, RowWish, SamplingInputs
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """A row whose next token is drawn."""
 
     key: int

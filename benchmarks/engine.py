@@ -12,13 +12,14 @@ to do.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,9 @@ def model_folder(name: str) -> Iterator[str]:
         yield folder
 
 
-def submit_all(core: EngineCore, lengths: Sequence[Lengths], seed: int) -> None:
+def submit_all(
+    core: EngineCore, lengths: Sequence[Lengths], seed: int, sampling: Mapping[str, Any]
+) -> None:
     vocabulary = 30_000 if core.vocab_size > 30_000 else core.vocab_size - 3
     draw = random.Random(seed)
     for number, request in enumerate(lengths):
@@ -80,17 +83,23 @@ def submit_all(core: EngineCore, lengths: Sequence[Lengths], seed: int) -> None:
             Submit(
                 request_id=f"r{number}",
                 prompt_token_ids=[3 + draw.randrange(vocabulary) for _ in range(request.prompt)],
-                sampling=SamplingSpec(temperature=0, max_tokens=request.output, ignore_eos=True),
+                sampling=SamplingSpec(
+                    **{"temperature": 0.0, "seed": number, **sampling},
+                    max_tokens=request.output,
+                    ignore_eos=True,
+                ),
                 arrival=time.monotonic(),
             )
         )
 
 
-def run(core: EngineCore, lengths: Sequence[Lengths], seed: int) -> dict[str, Any]:
-    """Submit everything and run until all is done."""
+def run(
+    core: EngineCore, lengths: Sequence[Lengths], seed: int, sampling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Submit everything and run until all is done. `sampling`: fields of `SamplingSpec`."""
     phases = Phases()
     core.observe = phases.observe
-    submit_all(core, lengths, seed)
+    submit_all(core, lengths, seed, sampling)
     ends: list[float] = []
     tokens = host_tokens = 0
     started = time.perf_counter()
@@ -149,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-batch-tokens", type=int, default=0)
     parser.add_argument("--max-running-requests", type=int, default=256)
     parser.add_argument("--workload", action="append", help="INxOUT or lengths; repeatable")
+    parser.add_argument(
+        "--sampling", action="append", help='such as {"temperature": 0.8}; repeatable; {} is greedy'
+    )
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -170,9 +182,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         built = build_core(config, _progress)
     print(f"ready after {time.perf_counter() - began:.1f} s: {built.ready}", file=sys.stderr)
     figures = {}
-    run(built.core, read_workload("64x8", min(args.requests, 32)), args.seed + 1)  # warm up
-    for name in args.workload or ["1000x200"]:
-        figures[name] = run(built.core, read_workload(name, args.requests, args.seed), args.seed)
+    run(built.core, read_workload("64x8", min(args.requests, 32)), args.seed + 1, {})  # warm up
+    for workload, sampling in itertools.product(
+        args.workload or ["1000x200"], args.sampling or ["{}"]
+    ):
+        name = workload if sampling == "{}" else f"{workload} {sampling}"
+        lengths = read_workload(workload, args.requests, args.seed)
+        figures[name] = run(built.core, lengths, args.seed, json.loads(sampling))
         print(f"{args.model} {name}: {json.dumps(figures[name])}", flush=True)
     built.core.close()
     if args.json:

@@ -11,10 +11,11 @@ import torch
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Ready
+from gpu_service.kv.table import blocks_for
 from gpu_service.model.model import CausalLM, Progress, load_model
 from gpu_service.model.sampling import Sampler
 from gpu_service.model.spec import read_spec
-from gpu_service.offload.factory import open_host_tier
+from gpu_service.offload.factory import host_shape, open_host_tier
 from gpu_service.offload.host_tier import HostTier
 from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
 from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv
@@ -29,6 +30,7 @@ from kernels.cpu import ThreadPool
 from neo_common.model_spec import ModelSpec
 
 if TYPE_CHECKING:
+    from gpu_service.pipeline.cuda.build import DeferredLimits
     from gpu_service.pipeline.cuda.runner import CudaSweeps
 
 _GIB = 1 << 30
@@ -75,6 +77,7 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
             max_context_tokens=max_context(config, spec),
             memory_utilization=config.gpu_memory_utilization,
             kv_blocks=config.gpu_kv_blocks,
+            deferred=deferred_limits(config, spec, model.dtype),
         )
         gpu, sweeps = open_cuda(model, geometry, limits, progress or (lambda *_: None))
     else:
@@ -129,7 +132,7 @@ def assemble(
     inline = PlanRunner(parts, sampler, Migrator(parts, threads))
     runner: Runner = inline
     if sweeps is not None:
-        runner = sweeps.runner(sampler, inline)
+        runner = sweeps.runner(sampler, inline, host)
     ready = Ready(
         max_context_tokens=context,
         gpu_blocks=gpu.blocks,
@@ -141,6 +144,20 @@ def assemble(
         offload_transport=config.offload_transport if host.blocks else "",
     )
     return BuiltCore(EngineCore(scheduler, runner, host, spec.vocab_size), ready)
+
+
+def deferred_limits(
+    config: GpuServiceConfig, spec: ModelSpec, dtype: torch.dtype
+) -> DeferredLimits | None:
+    """What CUDA sweeps need to know for deferred mode; None where it is off."""
+    if config.offload == "never" or not config.cpu_services or config.offload_mode != "deferred":
+        return None
+    from gpu_service.pipeline.cuda.build import DeferredLimits
+
+    step = host_shape(config, spec, dtype).step(
+        config.max_running_requests, blocks_for(max_context(config, spec), config.block_tokens)
+    )
+    return DeferredLimits(step, config.sweep_deadline_ms / 1e3)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -181,8 +181,15 @@ class HostExchange:
         self._deadline_ns = int(1e9 * deadline_seconds)
         self.parked = torch.zeros(layers, rows, hidden, dtype=dtype, device=device)
         """The state in front of each layer's end of the rows that wait for its attention."""
+        at_rest = torch.zeros(offsets.submitted + layers * offsets.bell_stride, dtype=torch.uint8)
+        self._at_rest = at_rest.pin_memory() if torch.device(device).type == "cuda" else at_rest
         self.status = torch.zeros(1, dtype=torch.int32, device=device)
         """Not 0: the host did not come in time; what it should have given is not there."""
+
+    @property
+    def nowhere(self) -> int:
+        """The address of memory that stands for control memory while there is no session."""
+        return self._at_rest.data_ptr()
 
     def depart(
         self,

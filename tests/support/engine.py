@@ -207,23 +207,33 @@ def triton_core(
     made: GpuServiceConfig, model: CausalLM, *, host_blocks: int = 0, **host: Any
 ) -> EngineCore:
     """As `local_core`, with what runs on a CUDA device, here in Triton's interpreter and with
-    padded sizes that suit it."""
-    from gpu_service.pipeline.cuda.build import CudaLimits, open_cuda
+    padded sizes that suit it. Deferred mode takes the cpu_service that the configuration names."""
+    from gpu_service.engine.build import deferred_limits, max_context
+    from gpu_service.offload.factory import open_host_tier
+    from gpu_service.pipeline.cuda.build import HOST_ROWS, CudaLimits, open_cuda
     from gpu_service.pipeline.cuda.shapes import ShapeTable
 
     torch.set_num_threads(made.threads)
     geometry = geometry_of(model.spec, made.block_tokens)
+    deferred = deferred_limits(made, model.spec, model.dtype)
     limits = CudaLimits(
         max_running=8,
         max_batch_tokens=made.max_batch_tokens,
         max_context_tokens=model.spec.max_context_tokens,
         memory_utilization=1.0,
         kv_blocks=made.gpu_kv_blocks,
-        table=ShapeTable(decode=(1, 2, 4, 8), totals=(6, 12), chunks=2),
+        table=ShapeTable((1, 2, 4, 8), (6, 12), 2, host=HOST_ROWS if deferred else 0),
+        deferred=deferred,
     )
     gpu, sweeps = open_cuda(model, geometry, limits, lambda *_: None)
     tier: HostTier = NullHostTier()
-    if host_blocks:
+    if deferred:
+        context = max_context(made, model.spec)
+        tier = open_host_tier(
+            made, model.spec, model.dtype,
+            max_rows=made.max_running_requests, max_context_tokens=context,
+        )  # fmt: skip
+    elif host_blocks:
         threads = ThreadPool(made.threads)
         tier = LocalHostTier(geometry, model.dtype, host_blocks, threads, **host)
     return assemble(made, model, geometry, gpu, tier, None, sweeps).core

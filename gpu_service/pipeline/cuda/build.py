@@ -9,7 +9,7 @@ import torch
 
 from gpu_service.kv.table import blocks_for
 from gpu_service.model.model import CausalLM, Progress
-from gpu_service.pipeline.cuda.forward import Activations, DeviceCache, Forward
+from gpu_service.pipeline.cuda.forward import HOST_ROWS, Activations, DeviceCache, Forward
 from gpu_service.pipeline.cuda.graphs import SweepGraphs
 from gpu_service.pipeline.cuda.inputs import InputLimits, SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import TritonDeviceKv, layout_of
@@ -17,6 +17,8 @@ from gpu_service.pipeline.cuda.runner import CudaSweeps
 from gpu_service.pipeline.cuda.sampling import DeviceDraws
 from gpu_service.pipeline.cuda.shapes import ShapeTable, shape_table
 from gpu_service.pipeline.device_kv import AttentionGeometry
+from kernels.cpu.dataplane import StepShape
+from kernels.gpu.host_exchange import HostExchange, StepOffsets
 
 _GIB = 1 << 30
 _GRAPH_BYTES = 3 << 20
@@ -36,6 +38,17 @@ class CudaLimits:
     """Size of the KV pool; 0 means as many as fit."""
     table: ShapeTable | None = None
     """None takes the usual padded sizes."""
+    deferred: DeferredLimits | None = None
+    """Set where sweeps may have host rows."""
+
+
+@dataclass(frozen=True)
+class DeferredLimits:
+    """What deferred mode needs to know before there is a session."""
+
+    step: StepShape
+    deadline_seconds: float
+    """How long a sweep waits for the host in one layer."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class _Buffers:
     inputs: SweepInputs
     activations: Activations
     draws: DeviceDraws
+    exchange: HostExchange | None
 
 
 def open_cuda(
@@ -52,7 +66,8 @@ def open_cuda(
 
     Raises ValueError, with the arithmetic, if the pool does not fit.
     """
-    table = limits.table or shape_table(limits.max_running, limits.max_batch_tokens)
+    host = HOST_ROWS if limits.deferred else 0
+    table = limits.table or shape_table(limits.max_running, limits.max_batch_tokens, host)
     buffers = _buffers(model, geometry, limits, table)
     blocks = limits.kv_blocks
     if model.device.type == "cuda":
@@ -60,12 +75,22 @@ def open_cuda(
         blocks = _pool_blocks(model, geometry, limits, len(list(table.captured())))
     kv = TritonDeviceKv(geometry, model.dtype, blocks, model.device, limits.max_running)
     cache = DeviceCache(kv.layout, kv.memory)
-    forward = Forward(model, geometry, cache, buffers.inputs, buffers.activations, table.decode)
+    forward = Forward(
+        model, geometry, cache, buffers.inputs, buffers.activations, table.decode, buffers.exchange
+    )
     graphs = SweepGraphs()
     if model.device.type == "cuda":
         graphs.capture(forward, table, progress)
     sweeps = CudaSweeps(
-        model, table, buffers.inputs, buffers.activations, buffers.draws, forward, graphs
+        model,
+        table,
+        cache,
+        buffers.inputs,
+        buffers.activations,
+        buffers.draws,
+        forward,
+        graphs,
+        buffers.exchange,
     )
     return kv, sweeps
 
@@ -73,20 +98,45 @@ def open_cuda(
 def _buffers(
     model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, table: ShapeTable
 ) -> _Buffers:
-    rows = max(table.totals[-1], table.decode[-1] + limits.max_batch_tokens)
+    rows = max(table.totals[-1], table.decode[-1] + limits.max_batch_tokens) + table.host
     sequences = table.decode[-1] + max(limits.max_running, table.chunks)
     width = blocks_for(limits.max_context_tokens, geometry.block_tokens)
     inputs = SweepInputs(
-        InputLimits(rows, sequences, sequences * width), geometry.block_tokens, model.device
+        InputLimits(rows, sequences, sequences * width, geometry.layers, table.host),
+        geometry.block_tokens,
+        model.device,
     )
+    exchange = _exchange(model, geometry, limits, table.host)
+    if exchange is not None:
+        inputs.host_bases.fill_(exchange.nowhere)
     # Padding of a first sweep, before anything was sent.
     inputs.slots.fill_(-1)
     inputs.sources.fill_(-1)
     # Not zeros: the arithmetic's speed depends on what is multiplied.
     inputs.token_ids.random_(model.spec.vocab_size)
-    activations = Activations(model, rows, sequences, limits.max_running, (sequences, width))
+    samples = sequences + table.host
+    activations = Activations(model, rows, samples, limits.max_running, (sequences, width))
     draws = DeviceDraws(activations.sampler, model.spec.eos_token_ids, model.device)
-    return _Buffers(inputs, activations, draws)
+    return _Buffers(inputs, activations, draws, exchange)
+
+
+def _exchange(
+    model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, rows: int
+) -> HostExchange | None:
+    if limits.deferred is None:
+        return None
+    return HostExchange(
+        StepOffsets(*limits.deferred.step.offsets()),
+        geometry.layers,
+        rows,
+        geometry.query_heads,
+        geometry.kv_heads,
+        geometry.head_dim,
+        model.spec.hidden_size,
+        model.dtype,
+        model.device,
+        limits.deferred.deadline_seconds,
+    )
 
 
 def _warm_up(

@@ -4,28 +4,37 @@ waits for the host, so the same calls run at once or are captured in a CUDA grap
     per layer:  norm | QKV | rope, KV store | attention (decode rows, chunks) | output
                 norm | gate, up | SiLU, multiply | down
     then:       rows that are sampled | norm | head | largest logit
+
+Host rows (deferred mode) come last. On a branch beside attention they leave for the host, and those
+that left in the same layer a sweep ago take their place.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
 from gpu_service.model.model import CausalLM
 from gpu_service.model.sampling_limits import MOST_LISTED
+from gpu_service.pipeline.cuda.branch import Branch
+from gpu_service.pipeline.cuda.dense import dense_steps
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import multiprocessors
 from gpu_service.pipeline.cuda.shapes import padded
 from gpu_service.pipeline.device_kv import AttentionGeometry
 from kernels.gpu.decode_attention import DecodeAttention, choose_splits
+from kernels.gpu.host_exchange import HostExchange
 from kernels.gpu.kv_cache import GpuKvLayout
 from kernels.gpu.prefill_attention import PrefillAttention
 from kernels.gpu.rms_norm import add_rms_norm
 from kernels.gpu.rope_store import rope_store
 from kernels.gpu.sampling import Sampler
-from kernels.gpu.silu_mul import silu_mul
 from kernels.gpu.sweep_inputs import embed, expand_tables
+
+HOST_ROWS = 16
+"""Most host rows of a sweep: one block's worth of K and V."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +61,14 @@ class Activations:
         self.residual = empty(rows, spec.hidden_size)
         """The stream that layers add to. After the last layer `update` is still to be added."""
         self.update = empty(rows, spec.hidden_size)
-        self.normed = empty(rows, spec.hidden_size)
         self.qkv = empty(rows, heads, spec.head_dim)
         self.q = empty(rows, spec.query_heads, spec.head_dim)
+        self.leaving = empty(2, spec.kv_heads, HOST_ROWS, spec.head_dim)
+        """K and V of host rows."""
         self.attended = torch.zeros_like(self.q)
         """Zeros: padding rows of chunks are never written, and must stay finite."""
         self.gate_up = empty(rows, 2 * spec.intermediate_size)
-        self.activated = empty(rows, spec.intermediate_size)
+        self.dense = dense_steps(model, rows)
         self.sampled = empty(2, samples, spec.hidden_size)
         self.logits = empty(samples, spec.vocab_size)
         self.sampler = Sampler(samples, spec.vocab_size, device, draws=draws, logprobs=MOST_LISTED)
@@ -78,8 +88,10 @@ class Forward:
         inputs: SweepInputs,
         activations: Activations,
         decode_sizes: tuple[int, ...],
+        exchange: HostExchange | None = None,
     ) -> None:
         spec = model.spec
+        self._exchange = exchange
         self._model = model
         self._geometry = geometry
         self._cache = cache
@@ -107,8 +119,10 @@ class Forward:
             if size
         }
         self._prefill = PrefillAttention(cache.layout, spec.query_heads, model.device, processors)
-        self._beside = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        """Attention of chunks computes while that of decode rows waits for memory."""
+        self._branches = [Branch(model.device) for _ in range(2)]
+        """Attention of chunks computes while that of decode rows waits for memory; host rows come
+        and go meanwhile."""
+        self._leaving_slots = torch.arange(HOST_ROWS, device=model.device)
 
     @torch.inference_mode()
     def run(self, shape: SweepShape, longest: int) -> None:
@@ -118,33 +132,32 @@ class Forward:
         Afterwards `drawn` and `logits` hold its samples, in the inputs' order, and `residual` plus
         `update` the state of all rows."""
         given, buffers, model = self._inputs, self._buffers, self._model
-        rows, eps = shape.rows, model.spec.norm_eps
+        rows = shape.rows + shape.host
         tables = buffers.block_tables[: shape.sequences]
         counted = slice(0, shape.sequences)
         expand_tables(
             given.blocks, given.table_starts[counted], given.table_counts[counted], tables
         )
         residual, update = buffers.residual[:rows], buffers.update[:rows]
-        normed = buffers.normed[:rows]
+        dense = buffers.dense
         embed(
             given.token_ids[:rows], given.sources[:rows], buffers.drawn, model.embedding, residual
         )
         for index, layer in enumerate(model.layers):
-            if index == 0:
-                add_rms_norm(residual, None, layer.input_norm, normed, eps=eps)
-            else:
-                add_rms_norm(update, residual, layer.input_norm, normed, eps=eps)
-            layer.qkv.into(normed, buffers.qkv[:rows].flatten(1))
+            added = (residual, None) if index == 0 else (update, residual)
+            qkv = buffers.qkv[:rows].flatten(1)
+            dense.normed(layer.qkv, *added, layer.input_norm, qkv)
             self._attention(index, shape, longest)
-            layer.output.into(buffers.attended[:rows].flatten(1), update)
-            add_rms_norm(update, residual, layer.post_norm, normed, eps=eps)
-            layer.gate_up.into(normed, buffers.gate_up[:rows])
-            silu_mul(buffers.gate_up[:rows], buffers.activated[:rows])
-            layer.down.into(buffers.activated[:rows], update)
+            dense.plain(layer.output, buffers.attended[:rows].flatten(1), update)
+            gate_up = buffers.gate_up[:rows]
+            dense.normed(layer.gate_up, update, residual, layer.post_norm, gate_up)
+            dense.gated(layer.down, gate_up, update)
         self._head(shape)
 
     def _attention(self, index: int, shape: SweepShape, longest: int) -> None:
         given, buffers, rows = self._inputs, self._buffers, shape.rows
+        with self._branches[1].forked(shape.host):
+            self._exchange_host_rows(index, shape)
         rope_store(
             buffers.qkv[:rows],
             self._cos_sin,
@@ -156,16 +169,34 @@ class Forward:
             qk_norm=self._qk_norms[index],
             eps=self._model.spec.norm_eps,
         )
-        if not (shape.decode and shape.prefill and self._beside):
-            self._attend_chunks(index, shape, longest)
-            self._attend_decode(index, shape)
-            return
-        stream = torch.cuda.current_stream(self._model.device)
-        self._beside.wait_stream(stream)
-        with torch.cuda.stream(self._beside):
+        with self._branches[0].forked(shape.decode and shape.prefill):
             self._attend_chunks(index, shape, longest)
         self._attend_decode(index, shape)
-        stream.wait_stream(self._beside)
+        for branch in self._branches:
+            branch.join()
+
+    def _exchange_host_rows(self, index: int, shape: SweepShape) -> None:
+        if not shape.host:
+            return
+        given, buffers, exchange = self._inputs, self._buffers, self._exchange
+        assert exchange is not None
+        rows = slice(shape.rows, shape.rows + shape.host)
+        q, kv = buffers.q[rows], buffers.leaving
+        rope_store(
+            buffers.qkv[rows],
+            self._cos_sin,
+            given.host_positions[index],
+            self._leaving_slots[: shape.host],
+            q,
+            kv[None],
+            dataclasses.replace(self._cache.layout, layers=1, blocks=1, block_tokens=HOST_ROWS),
+            qk_norm=self._qk_norms[index],
+            eps=self._model.spec.norm_eps,
+        )
+        at = (given.host_bases, given.host_counts)
+        exchange.depart(index, q, kv[None], buffers.residual[rows], *at)
+        exchange.meet(index, *at)
+        exchange.arrive(index, buffers.attended[rows], *at)
 
     def _attend_decode(self, index: int, shape: SweepShape) -> None:
         decode, buffers = shape.decode, self._buffers
@@ -200,11 +231,12 @@ class Forward:
         )
 
     def _head(self, shape: SweepShape) -> None:
-        buffers, model, samples = self._buffers, self._model, shape.sequences
+        buffers, model, samples = self._buffers, self._model, shape.samples
         chosen = self._inputs.samples[:samples]
         update, residual = buffers.sampled[0, :samples], buffers.sampled[1, :samples]
-        torch.index_select(buffers.update[: shape.rows], 0, chosen, out=update)
-        torch.index_select(buffers.residual[: shape.rows], 0, chosen, out=residual)
+        rows = shape.rows + shape.host
+        torch.index_select(buffers.update[:rows], 0, chosen, out=update)
+        torch.index_select(buffers.residual[:rows], 0, chosen, out=residual)
         add_rms_norm(update, residual, model.final_norm, update, eps=model.spec.norm_eps)
         logits = buffers.logits[:samples]
         model.head.into(update, logits)

@@ -58,6 +58,8 @@ class SweepGraphs:
         return SweepCosts(self._decode_ms, self._mixed_ms, context_ms, self._beside_chunks)
 
     def _note(self, shape: SweepShape, milliseconds: float) -> None:
+        if shape.host:
+            return
         if not shape.prefill:
             self._decode_ms[shape.rows] = milliseconds
         else:

@@ -1,8 +1,8 @@
 """What a sweep needs to know, packed by the host and sent to the device in one copy.
 
-    rows:       | GPU decode, padded | prompt chunks, one behind the other, padded |
+    rows:       | GPU decode, padded | prompt chunks, one behind the other, padded | host rows |
     sequences:  | GPU decode, padded | chunks, padded |          one block table each
-    samples:    | GPU decode, padded | chunks that end with the last known token, padded |
+    samples:    | GPU decode, padded | chunks that end in the last known token, padded | host rows |
 
 Padding rows read token 0 at position 0 and store nothing (slot -1); padding sequences have no
 blocks and no length.
@@ -10,7 +10,7 @@ blocks and no length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from gpu_service.kv.table import blocks_for, slots_of
-from gpu_service.scheduling.plan import PENDING_TOKEN, PrefillRow, SubBatch
+from gpu_service.scheduling.plan import PENDING_TOKEN, DecodeRow, PrefillRow, SubBatch
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -34,14 +34,21 @@ class SweepShape:
     """Rows of prompt chunks."""
     chunks: int
     """Prompt chunks; 0 if and only if `prefill` is."""
+    host: int = 0
+    """Host rows beside them, in deferred mode."""
 
     @property
     def rows(self) -> int:
+        """Without host rows."""
         return self.decode + self.prefill
 
     @property
     def sequences(self) -> int:
         return self.decode + self.chunks
+
+    @property
+    def samples(self) -> int:
+        return self.sequences + self.host
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,27 @@ class InputLimits:
     """Most of everything in one sweep."""
 
     rows: int
+    """Host rows among them."""
     sequences: int
     table_blocks: int
     """Block ids of all sequences."""
+    layers: int = 0
+    host: int = 0
+    """Host rows beside the others; 0: never any."""
+
+
+@dataclass(frozen=True)
+class HostInputs:
+    """What a sweep needs to know of its host rows."""
+
+    starting: Sequence[DecodeRow]
+    positions: Ints
+    """`[layers, rows]`: of those that leave in each layer."""
+    counts: Ints
+    """`[layers + 2]`: how many leave in each layer, how many come through the last one, and the
+    sweep's number."""
+    bases: Longs
+    """`[2]`: addresses of control and step memory."""
 
 
 class _Packed:
@@ -93,7 +118,10 @@ class SweepInputs:
                 "token_ids": (rows, np.int64),
                 "positions": (rows, np.int64),
                 "slots": (rows, np.int64),
-                "samples": (sequences, np.int64),
+                "samples": (sequences + limits.host, np.int64),
+                "host_positions": (limits.layers * limits.host, np.int64),
+                "host_bases": (2, np.int64),
+                "host_counts": (limits.layers + 2, np.int32),
                 "sources": (rows, np.int32),
                 "lengths": (sequences, np.int32),
                 "first_rows": (sequences + 1, np.int32),
@@ -122,6 +150,12 @@ class SweepInputs:
         """int64 `[rows]`: where K and V go; -1 for padding."""
         self.samples = device_views["samples"]
         """int64 `[samples]`: rows whose next token is drawn."""
+        self.host_positions = device_views["host_positions"].view(limits.layers, limits.host)
+        """int64 `[layers, host rows]`"""
+        self.host_bases = device_views["host_bases"]
+        """int64 `[2]`"""
+        self.host_counts = device_views["host_counts"]
+        """int32 `[layers + 2]`"""
         self.lengths = device_views["lengths"]
         """int32 `[sequences]`: tokens attended, the sweep's own included; 0 for padding."""
         self.first_rows = device_views["first_rows"]
@@ -135,17 +169,25 @@ class SweepInputs:
         """int32"""
         self._turn = 0
 
-    def send(self, batch: SubBatch, shape: SweepShape, drawn: Mapping[int, int]) -> dict[int, int]:
-        """Fill and copy. Returns where each sampled choice's token will be.
+    def send(
+        self,
+        batch: SubBatch,
+        shape: SweepShape,
+        drawn: Mapping[int, int],
+        host: HostInputs | None = None,
+    ) -> dict[int, int]:
+        """Fill and copy. Returns where each sampled choice's token will be, but for host rows.
 
         drawn: choice -> index of its token among those that the sweep before drew.
         """
-        assert not batch.host_decode
+        assert (host is None) == (shape.host == 0)
         self._turn ^= 1
         arrays = self._host[self._turn]
         self._clear(arrays, shape)
         place = self._decode_rows(arrays, batch, drawn)
         place, indices = self._chunk_rows(arrays, batch, shape, place)
+        if host is not None:
+            self._host_rows(arrays, host, shape, drawn)
         used = self._packed.offsets["blocks"] + 4 * place
         staging = self._staging[self._turn]
         self._memory[:used].copy_(staging[:used], non_blocking=True)
@@ -153,12 +195,32 @@ class SweepInputs:
         return indices
 
     def _clear(self, arrays: dict[str, npt.NDArray[np.generic]], shape: SweepShape) -> None:
+        rows = shape.rows + shape.host
         for name in ("token_ids", "positions"):
-            arrays[name][: shape.rows] = 0
-        arrays["slots"][: shape.rows] = -1
-        arrays["sources"][: shape.rows] = -1
-        for name in ("samples", "lengths", "table_starts", "table_counts"):
+            arrays[name][:rows] = 0
+        arrays["slots"][:rows] = -1
+        arrays["sources"][:rows] = -1
+        arrays["samples"][: shape.samples] = 0
+        for name in ("lengths", "table_starts", "table_counts"):
             arrays[name][: shape.sequences] = 0
+
+    def _host_rows(
+        self,
+        arrays: dict[str, npt.NDArray[np.generic]],
+        host: HostInputs,
+        shape: SweepShape,
+        drawn: Mapping[int, int],
+    ) -> None:
+        for place, row in enumerate(host.starting, shape.rows):
+            arrays["token_ids"][place] = row.token_id
+            if row.token_id == PENDING_TOKEN:
+                arrays["sources"][place] = drawn[row.key]
+        arrays["samples"][shape.sequences : shape.samples] = np.arange(
+            shape.rows, shape.rows + shape.host
+        )
+        arrays["host_positions"][:] = host.positions.ravel()
+        arrays["host_counts"][:] = host.counts
+        arrays["host_bases"][:] = host.bases
 
     def _decode_rows(
         self,

@@ -13,8 +13,11 @@ from gpu_service.engine.messages import TokenLogprob
 from gpu_service.model.model import CausalLM
 from gpu_service.model.sampling import Sampler, SamplingRow
 from gpu_service.model.sampling_limits import draws_on_device
-from gpu_service.pipeline.cuda.forward import Activations, Forward
+from gpu_service.offload.host_tier import HostTier
+from gpu_service.offload.shm_tier import ShmHostTier
+from gpu_service.pipeline.cuda.forward import Activations, DeviceCache, Forward
 from gpu_service.pipeline.cuda.graphs import SweepGraphs
+from gpu_service.pipeline.cuda.host_side import HostSide, HostSweep
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.logprobs import LandingLogprobs, SweepLogprobs
 from gpu_service.pipeline.cuda.sampling import DeviceDraws, Draw
@@ -26,12 +29,15 @@ from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import (
     PENDING_TOKEN,
     DecodeRow,
+    Flight,
     IterationPlan,
+    Mode,
     SampledToken,
     SubBatch,
     SweepResult,
     Tier,
 )
+from kernels.gpu.host_exchange import HostExchange
 
 _BYTES_PER_SECOND = 3e12
 
@@ -42,11 +48,14 @@ class CudaSweeps:
 
     model: CausalLM
     table: ShapeTable
+    cache: DeviceCache
     inputs: SweepInputs
     activations: Activations
     draws: DeviceDraws
     forward: Forward
     graphs: SweepGraphs
+    exchange: HostExchange | None = None
+    """Deferred mode's; None without it."""
 
     def costs(self) -> SweepCosts:
         """As timed at start, with attention at a high-end device's bandwidth: the first sweeps
@@ -55,15 +64,23 @@ class CudaSweeps:
         token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * item
         return self.graphs.costs(1e3 * token_bytes / _BYTES_PER_SECOND)
 
-    def runner(self, sampler: Sampler, inline: PlanRunner) -> CudaRunner:
-        return CudaRunner(self, sampler, inline)
+    def runner(self, sampler: Sampler, inline: PlanRunner, host: HostTier) -> CudaRunner:
+        side = None
+        if self.exchange is not None:
+            assert isinstance(host, ShmHostTier)
+            side = HostSide(host, self.exchange, self.cache)
+        return CudaRunner(self, sampler, inline, side)
 
 
 class CudaRunner:
-    """A `Runner`. Sweeps that the host tier takes part in run in `inline`, one at a time."""
+    """A `Runner`. In deferred mode the device itself deals with the host tier (`host`); else sweeps
+    that the host tier takes part in run in `inline`, one at a time."""
 
-    def __init__(self, sweeps: CudaSweeps, sampler: Sampler, inline: PlanRunner) -> None:
+    def __init__(
+        self, sweeps: CudaSweeps, sampler: Sampler, inline: PlanRunner, host: HostSide | None
+    ) -> None:
         self._sweeps = sweeps
+        self._host = host
         self._sampler = sampler
         self._inline = inline
         self._drawn: dict[int, int] = {}
@@ -76,26 +93,58 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> LaunchedSweep:
         """See `Runner.launch`."""
-        if plan.migrations or any(_uses_host(batch) for batch in plan.batches):
+        if self._host is None and (
+            plan.migrations or any(_uses_host(batch) for batch in plan.batches)
+        ):
             self._sweeps.draws.forget()
             resolved, known, self._drawn = *self._resolved(plan, sampling), {}
             return self._inline.launch(resolved, known)
-        (batch,) = plan.batches
-        shape = self._sweeps.table.shape_for(batch)
         begin = self._mark()
-        self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn)
+        lost = self._host.migrate(plan.migrations) if self._host else frozenset()
+        (batch,) = plan.batches or (SubBatch(),)
+        beside = None
+        if plan.mode is Mode.DEFERRED:
+            assert self._host is not None
+            beside = self._host.begin(plan, batch)
+        if beside is None and not plan.batches:
+            return DoneSweep(self._nothing(plan, lost))
         try:
-            if not self._sweeps.graphs.replay(shape):
-                longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
-                self._sweeps.forward.run(shape, longest)
-            logprobs = self._sample(batch, sampling)
-            logprobs.prompts = self._prompt_logprobs(batch, shape, sampling)
+            return self._queue(plan, batch, beside, sampling, begin, lost)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             self._sweeps.draws.forget()
-            return DoneSweep(out_of_memory(plan, frozenset()))
-        return self._landing_sweep(shape, begin, logprobs)
+            under_way = self._host.lose() if self._host else ()
+            return DoneSweep(out_of_memory(plan, lost, under_way))
+
+    def _nothing(self, plan: IterationPlan, lost: frozenset[int]) -> SweepResult:
+        """Of a plan without rows: the host is away, and what was under way has come to nothing."""
+        landed = self._host.lose() if self._host and plan.mode is Mode.DEFERRED else ()
+        return SweepResult(void=frozenset(f.key for f in landed), lost=lost, landed=landed)
+
+    def _queue(
+        self,
+        plan: IterationPlan,
+        batch: SubBatch,
+        beside: HostSweep | None,
+        sampling: Mapping[int, SamplingRow],
+        begin: torch.cuda.Event | None,
+        lost: frozenset[int],
+    ) -> QueuedSweep:
+        shape = self._sweeps.table.shape_for(batch, deferred=beside is not None)
+        inputs = beside.inputs if beside else None
+        self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn, inputs)
+        if not self._sweeps.graphs.replay(shape):
+            longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
+            self._sweeps.forward.run(shape, longest)
+        arriving = _arriving(batch, beside, shape, sampling)
+        logprobs = self._sample(batch, arriving, sampling)
+        logprobs.prompts = self._prompt_logprobs(batch, shape, sampling)
+        host = None
+        if plan.mode is Mode.DEFERRED:
+            assert self._host is not None
+            host = Beside(self._host, beside, self._host.send_status(), arriving)
+        return self._landing_sweep(shape, begin, logprobs, lost, host)
 
     def _mark(self) -> torch.cuda.Event | None:
         """Now, in the device's time."""
@@ -110,25 +159,35 @@ class CudaRunner:
         shape: SweepShape,
         begin: torch.cuda.Event | None,
         logprobs: SweepLogprobs,
+        lost: frozenset[int],
+        host: Beside | None,
     ) -> QueuedSweep:
         self._turn ^= 1
         drawn, landing = self._sweeps.activations.drawn, self._landing[self._turn]
-        landing[: shape.sequences].copy_(drawn[: shape.sequences], non_blocking=True)
+        landing[: shape.samples].copy_(drawn[: shape.samples], non_blocking=True)
         end = self._mark()
         events = (begin, end) if begin and end else None
-        return QueuedSweep(events, landing, self._drawn, logprobs)
+        return QueuedSweep(events, landing, self._drawn, logprobs, lost, host)
 
     # -- what greedy sweeps do without -------------------------------------------------------
 
-    def _sample(self, batch: SubBatch, sampling: Mapping[int, SamplingRow]) -> SweepLogprobs:
+    def _sample(
+        self,
+        batch: SubBatch,
+        arriving: Mapping[int, Arriving],
+        sampling: Mapping[int, SamplingRow],
+    ) -> SweepLogprobs:
         """Draw anew for those who want more than the largest logit."""
-        lengths = [(row.key, row.length) for row in batch.gpu_decode]
-        lengths += [
-            (row.key, row.start + len(row.token_ids)) for row in batch.prefill if row.samples
+        places = [(row.key, row.length, self._drawn[row.key]) for row in batch.gpu_decode]
+        places += [
+            (row.key, row.start + len(row.token_ids), self._drawn[row.key])
+            for row in batch.prefill
+            if row.samples
         ]
+        places += [(key, row.length, row.place) for key, row in arriving.items()]
         draws = [
-            Draw(key, row, length - len(row.prompt_token_ids), self._drawn[key])
-            for key, length in lengths
+            Draw(key, row, length - len(row.prompt_token_ids), place)
+            for key, length, place in places
             for row in (sampling[key],)
         ]
         draws = [draw for draw in draws if not draw.is_greedy]
@@ -211,6 +270,53 @@ class CudaRunner:
         return dataclasses.replace(plan, batches=batches), said
 
 
+@dataclasses.dataclass(frozen=True)
+class Arriving:
+    """A host row that comes through the last layer and may draw."""
+
+    length: int
+    """Tokens attended."""
+    place: int
+    """Its row of the sweep's logits."""
+
+
+def _arriving(
+    batch: SubBatch,
+    beside: HostSweep | None,
+    shape: SweepShape,
+    sampling: Mapping[int, SamplingRow],
+) -> dict[int, Arriving]:
+    """By choice: those that still run. One with a row of its own in this sweep began anew since."""
+    if beside is None:
+        return {}
+    busy = {chunk.key for chunk in batch.prefill} | {row.key for row in batch.gpu_decode}
+    cohort = beside.finishing
+    lengths = cohort.tables.lengths.tolist()
+    return {
+        flight.key: Arriving(length, place)
+        for place, (flight, length) in enumerate(
+            zip(cohort.flights, lengths, strict=True), shape.sequences
+        )
+        if flight.key not in busy and flight.key in sampling
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """The host's part of a queued deferred sweep."""
+
+    side: HostSide
+    sweep: HostSweep | None
+    """None if the host was away."""
+    status: torch.Tensor
+    arriving: Mapping[int, Arriving]
+
+    def result(self) -> tuple[tuple[Flight, ...], bool]:
+        """Rows that are under way no more, and whether they came through."""
+        here = None if self.sweep is None else self.side.landed(self.sweep, self.status)
+        return (self.side.lose(), False) if here is None else (here, True)
+
+
 class QueuedSweep:
     """A sweep whose tokens are on their way to the host."""
 
@@ -220,11 +326,15 @@ class QueuedSweep:
         landing: torch.Tensor,
         indices: dict[int, int],
         logprobs: SweepLogprobs,
+        lost: frozenset[int],
+        host: Beside | None,
     ) -> None:
         self._events = events
         self._landing = landing
         self._indices = indices
         self._logprobs = logprobs
+        self._lost = lost
+        self._host = host
 
     @property
     def is_done(self) -> bool:
@@ -240,10 +350,18 @@ class QueuedSweep:
         waited = time.perf_counter() - waiting
         ids: list[int] = self._landing.tolist()
         drawn = {key: ids[index] for key, index in self._indices.items()}
+        landed, came = self._host.result() if self._host else ((), True)
+        if self._host is not None and came:
+            here = {flight.key for flight in landed}
+            arriving = self._host.arriving.items()
+            drawn.update((key, ids[row.place]) for key, row in arriving if key in here)
         logprobs = self._logprobs.of_tokens(drawn)
         return SweepResult(
             tokens={k: SampledToken(t, logprobs.get(k)) for k, t in drawn.items() if t >= 0},
+            void=frozenset() if came else frozenset(flight.key for flight in landed),
+            lost=self._lost,
             failed={key: NOT_FINITE for key, token in drawn.items() if token < 0},
+            landed=landed,
             prompt_logprobs=self._logprobs.of_prompts(),
             device_seconds=device_seconds,
             waited_seconds=waited,

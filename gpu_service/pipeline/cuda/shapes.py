@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpu_service.pipeline.cuda.inputs import SweepShape
 from gpu_service.scheduling.plan import SubBatch
@@ -33,6 +33,9 @@ class ShapeTable:
     """Padded numbers of chunks in larger sweeps, ascending: each is a variant to compile."""
     eager: tuple[int, ...] = ()
     """Larger sweeps that are timed at start, by their rows."""
+    host: int = 0
+    """Padded number of host rows in deferred mode; 0: there is no such mode. Each sweep is then
+    captured without them and with them."""
 
     @property
     def beside_chunks(self) -> tuple[int, ...]:
@@ -43,6 +46,11 @@ class ShapeTable:
 
     def captured(self) -> Iterator[SweepShape]:
         """All padded shapes, the largest first, so that later ones fit into its memory."""
+        for host in sorted({self.host, 0}, reverse=True):
+            for shape in self._captured():
+                yield replace(shape, host=host)
+
+    def _captured(self) -> Iterator[SweepShape]:
         for rows in reversed(self.beside_chunks):
             for total in reversed(self.totals):
                 if total > rows:
@@ -50,9 +58,12 @@ class ShapeTable:
         for rows in reversed(self.decode):
             yield SweepShape(rows, 0, 0)
 
-    def shape_for(self, batch: SubBatch) -> SweepShape:
+    def shape_for(self, batch: SubBatch, *, deferred: bool = False) -> SweepShape:
         """The smallest padded shape, or where none is large enough one that fits exactly (with
         padded decode rows, since the decode kernel's workspace depends on them)."""
+        return replace(self._shape_for(batch), host=self.host if deferred else 0)
+
+    def _shape_for(self, batch: SubBatch) -> SweepShape:
         rows = len(batch.gpu_decode)
         prefill = sum(len(chunk.token_ids) for chunk in batch.prefill)
         if not prefill:
@@ -71,9 +82,9 @@ def padded(sizes: tuple[int, ...], rows: int) -> int:
     return next(size for size in sizes if size >= rows)
 
 
-def shape_table(max_running: int, max_batch_tokens: int) -> ShapeTable:
-    """For up to `max_running` decode rows, and sweeps of that many tokens."""
+def shape_table(max_running: int, max_batch_tokens: int, host: int = 0) -> ShapeTable:
+    """For up to `max_running` decode rows, sweeps of that many tokens, and `host` host rows."""
     eager = tuple(rows for rows in _EAGER_ROWS if rows <= max_batch_tokens)
     decode = [size for size in _DECODE_SIZES if size < max_running]
     more_chunks = tuple(chunks for chunks in _MORE_CHUNKS if chunks <= max_running)
-    return ShapeTable((*decode, max_running), _TOTAL_ROWS, _CHUNKS, more_chunks, eager)
+    return ShapeTable((*decode, max_running), _TOTAL_ROWS, _CHUNKS, more_chunks, eager, host)

@@ -1,0 +1,37 @@
+"""Launches beside the main ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Branch:
+    """A stream that forks from the current one and joins it again, also inside a CUDA graph. On a
+    CPU there is none, and everything comes in the order of its launch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._forked = False
+
+    @contextmanager
+    def forked(self, when: object = True) -> Iterator[None]:
+        """What is launched within runs beside what is launched after it, until `join`; if not
+        `when`, in its place."""
+        if self._stream is None or not when:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._forked = True
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What is launched from now on comes after the branch."""
+        if self._forked and self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._forked = False

@@ -1,0 +1,169 @@
+"""The host tier as CUDA sweeps use it in deferred mode: KV moves as kernels, and rows that the
+device itself submits and waits for. The engine's thread says who they are, and hears how it went.
+
+A sweep is launched before the one before it has ended: whether the host came in time is known one
+sweep late. Then all that is under way has come to nothing, what has started meanwhile included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpu_service.offload.host_tier import HostTierStalled, HostTierState
+from gpu_service.offload.session_tier import TORCH_DTYPES
+from gpu_service.offload.shm_tier import ShmHostTier
+from gpu_service.pipeline.batch import decode_tables
+from gpu_service.pipeline.cohorts import Cohort, host_rows, no_tables
+from gpu_service.pipeline.cuda.forward import DeviceCache
+from gpu_service.pipeline.cuda.inputs import HostInputs
+from gpu_service.pipeline.cuda.registered import RegisteredSession
+from gpu_service.scheduling.plan import Flight, IterationPlan, Migration, Mode, SubBatch, Tier
+from kernels.cpu import DType
+from kernels.gpu.host_exchange import HostExchange, StepOffsets
+from kernels.gpu.host_pieces import HostPieces
+
+
+@dataclass(frozen=True)
+class HostSweep:
+    """The host's part of a sweep that is about to run."""
+
+    inputs: HostInputs
+    epoch: int
+    finishing: Cohort
+    """Its rows come through the last layer; in this order they are the sweep's last samples."""
+
+
+class HostSide:
+    def __init__(self, tier: ShmHostTier, exchange: HostExchange, cache: DeviceCache) -> None:
+        self._tier = tier
+        self._exchange = exchange
+        self._cache = cache
+        layout = tier.layout
+        dtype = torch.int8 if layout.dtype == DType.INT8 else TORCH_DTYPES[layout.dtype]
+        self._pieces = HostPieces(cache.layout, dtype)
+        assert self._pieces.piece_bytes == layout.piece_bytes
+        assert StepOffsets(*tier.step_shape.offsets()) == exchange.offsets
+        self._registered: RegisteredSession | None = None
+        self._nobody = Cohort((), no_tables())
+        self._waiting = [self._nobody] * cache.layout.layers
+        """Cohorts by the layer whose attention they wait for."""
+        self._under_way: dict[Flight, None] = {}
+        self._status = [torch.zeros_like(exchange.status, device="cpu") for _ in "ab"]
+        if exchange.status.is_cuda:
+            self._status = [status.pin_memory() for status in self._status]
+        self._turn = 0
+        self._session()
+
+    # -- KV ----------------------------------------------------------------------------------
+
+    def migrate(self, migrations: Sequence[Migration]) -> frozenset[int]:
+        """Queue the copies, in their order. Returns the choices whose KV is on neither tier, since
+        the host has gone."""
+        lost = set()
+        for migration in migrations:
+            registered = self._session()
+            if registered is None:
+                lost.add(migration.key)
+                continue
+            pool = registered.pool(
+                self._cache.layout.layers, self._tier.blocks, self._pieces.piece_bytes
+            )
+            source = self._on_device(migration.source_blocks)
+            target = self._on_device(migration.target_blocks)
+            if migration.target is Tier.HOST:
+                self._pieces.write(self._cache.memory, source, pool, target)
+            else:
+                self._pieces.read(pool, source, self._cache.memory, target)
+        return frozenset(lost)
+
+    def _on_device(self, blocks: np.ndarray[tuple[int], np.dtype[np.int32]]) -> torch.Tensor:
+        tensor = torch.from_numpy(np.array(blocks, np.int32))
+        device = self._cache.memory.device
+        if device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    # -- sweeps ------------------------------------------------------------------------------
+
+    def begin(self, plan: IterationPlan, batch: SubBatch) -> HostSweep | None:
+        """Publish a deferred sweep's rows. None, and all under way is lost, if the host is away."""
+        assert plan.mode is Mode.DEFERRED
+        tables = decode_tables(batch.host_decode, self._cache.layout.block_tokens)
+        flights = tuple(Flight(row.key, plan.number) for row in batch.host_decode)
+        starting = Cohort(flights, tables) if tables else self._nobody
+        assert len(flights) <= self._exchange.rows
+        before = self._registered
+        self._under_way.update(dict.fromkeys(flights))
+        registered = self._session()
+        elsewhere = before is not registered and any(cohort.flights for cohort in self._waiting)
+        if registered is None or elsewhere:
+            return None
+        cohorts = [starting, *self._waiting]
+        try:
+            # The cohort that waits for the last layer submits no more.
+            sweep = self._tier.publish(host_rows(cohorts[:-1], self._cache.layout.block_tokens))
+        except HostTierStalled:
+            return None
+        if not any(cohort.flights for cohort in self._waiting):
+            self._exchange.status.zero_()
+        self._waiting = cohorts[:-1]
+        inputs = self._inputs(registered, batch, cohorts, sweep)
+        return HostSweep(inputs, registered.session.epoch, cohorts[-1])
+
+    def _inputs(
+        self, registered: RegisteredSession, batch: SubBatch, cohorts: list[Cohort], sweep: int
+    ) -> HostInputs:
+        layers, rows = self._cache.layout.layers, self._exchange.rows
+        positions = np.zeros((layers, rows), np.int32)
+        for layer, cohort in enumerate(cohorts[:-1]):
+            positions[layer, : len(cohort.flights)] = cohort.tables.lengths - 1
+        counts = np.array([*(len(c.flights) for c in cohorts), sweep], np.uint32).view(np.int32)
+        session = registered.session
+        bases = np.array([session.control[0], session.step[0]], np.int64)
+        return HostInputs(batch.host_decode, positions, counts, bases)
+
+    def send_status(self) -> torch.Tensor:
+        """Behind a sweep: how it went, once the device has come to here."""
+        self._turn ^= 1
+        landing = self._status[self._turn]
+        landing.copy_(self._exchange.status, non_blocking=True)
+        return landing
+
+    def landed(self, sweep: HostSweep, status: torch.Tensor) -> tuple[Flight, ...] | None:
+        """Who has come through; None, and all under way is lost, if the host came too late."""
+        if int(status) and self._tier.epoch != sweep.epoch:
+            return None
+        if int(status):
+            self._tier.give_up("the cpu_service did not answer a sweep of the device in time")
+            return None
+        here = tuple(f for f in sweep.finishing.flights if f in self._under_way)
+        for flight in here:
+            del self._under_way[flight]
+        return here
+
+    def lose(self) -> tuple[Flight, ...]:
+        """All that is under way, which will not come."""
+        lost = tuple(self._under_way)
+        self._under_way.clear()
+        self._waiting = [self._nobody] * len(self._waiting)
+        return lost
+
+    def _session(self) -> RegisteredSession | None:
+        """The memory to work on now; None while the host tier is away."""
+        if self._tier.state is not HostTierState.UP:
+            return None
+        session = self._tier.session
+        assert session is not None
+        known = self._registered
+        if known is None or known.session.epoch != session.epoch:
+            device = self._cache.memory.device
+            if known is not None:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                known.close()
+            self._registered = RegisteredSession(session, device)
+        return self._registered

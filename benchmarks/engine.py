@@ -20,12 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fingerprint import fingerprint
+from benchmarks.host_tier import cpu_service
 from benchmarks.workloads import Lengths, read_workload
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.build import build_core
@@ -145,7 +146,7 @@ def _decode_times(phases: Phases) -> dict[int, float]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,9 +164,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--offload", default="never", choices=("never", "auto", "always"))
+    parser.add_argument("--offload-mode", default="deferred", choices=("inline", "deferred"))
+    parser.add_argument("--host-kv-gib", type=float, default=8.0)
+    parser.add_argument("--host-kv-dtype", default="auto")
+    parser.add_argument("--cpu-threads", type=int, default=0, help="0: all cores but two")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    args = parser.parse_args(argv)
-    with model_folder(args.model) as folder:
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    with ExitStack() as stack:
+        folder = stack.enter_context(model_folder(args.model))
+        services: tuple[str, ...] = ()
+        if args.offload != "never":
+            services = (stack.enter_context(cpu_service(args.cpu_threads)),)
         config = GpuServiceConfig(
             model=folder,
             device=args.device,
@@ -173,28 +187,37 @@ def main(argv: Sequence[str] | None = None) -> None:
             load_format=args.load_format,
             gpu_kv_blocks=args.gpu_kv_blocks,
             gpu_memory_utilization=args.gpu_memory_utilization,
-            offload="never",
+            offload=args.offload,
+            offload_mode=args.offload_mode,
+            cpu_services=services,
+            host_kv_gib=args.host_kv_gib,
+            host_kv_dtype=args.host_kv_dtype,
             max_batch_tokens=args.max_batch_tokens,
             max_running_requests=args.max_running_requests,
             max_waiting_requests=1 << 20,
         )
         began = time.perf_counter()
         built = build_core(config, _progress)
-    print(f"ready after {time.perf_counter() - began:.1f} s: {built.ready}", file=sys.stderr)
-    figures = {}
-    run(built.core, read_workload("64x8", min(args.requests, 32)), args.seed + 1, {})  # warm up
+        print(f"ready after {time.perf_counter() - began:.1f} s: {built.ready}", file=sys.stderr)
+        figures = _measure(args, built.core)
+        built.core.close()
+    if args.json:
+        options = {k: str(v) for k, v in vars(args).items()}
+        found = {"machine": fingerprint(), "options": options, "figures": figures}
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+def _measure(args: argparse.Namespace, core: EngineCore) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    run(core, read_workload("64x8", min(args.requests, 32)), args.seed + 1, {})  # warm up
     for workload, sampling in itertools.product(
         args.workload or ["1000x200"], args.sampling or ["{}"]
     ):
         name = workload if sampling == "{}" else f"{workload} {sampling}"
         lengths = read_workload(workload, args.requests, args.seed)
-        figures[name] = run(built.core, lengths, args.seed, json.loads(sampling))
+        figures[name] = run(core, lengths, args.seed, json.loads(sampling))
         print(f"{args.model} {name}: {json.dumps(figures[name])}", flush=True)
-    built.core.close()
-    if args.json:
-        options = {k: str(v) for k, v in vars(args).items()}
-        found = {"machine": fingerprint(), "options": options, "figures": figures}
-        args.json.write_text(json.dumps(found, indent=1))
+    return figures
 
 
 def _progress(stage: str, done: int, total: int) -> None:

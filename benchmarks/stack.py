@@ -25,7 +25,7 @@ START_SECONDS = 300.0
 def stack(model: str, flags: Sequence[str]) -> Iterator[str]:
     """`neo serve` with these flags; yields the router's address. SystemExit, with its log, if it
     does not become ready."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "neo_client.cli", "serve", "--model", model]
     command += ["--listen", address, *flags]
     log_path = Path(tempfile.gettempdir()) / f"neo-serving-{os.getpid()}.log"
@@ -54,7 +54,7 @@ async def one_stream(
     return tokens, host
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -35,7 +35,20 @@ HOW = {
     "always-chunked": {"offload": "always", "max_batch_tokens": 7},
     "small-gpu-pool": {"offload": "auto", "gpu_kv_blocks": 8},
     "forced-1": {"offload": "auto", "force_migration_every": 1},
+    "deferred-2": {"offload": "auto", "offload_mode": "deferred", "force_migration_every": 2},
+    "deferred-7-chunked": {
+        "offload": "auto",
+        "offload_mode": "deferred",
+        "force_migration_every": 7,
+        "max_batch_tokens": 7,
+    },
 }
+WAYS = [
+    (transport, how)
+    for transport in TRANSPORTS
+    for how in HOW
+    if transport == "shm" or "offload_mode" not in HOW[how]
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +79,13 @@ def on_cuda(directory: Path, service: Service, dtype: str, **changes: Any) -> Gp
         cpu_services=(service.address,),
         host_kv_gib=0.01,
         sweep_deadline_ms=30_000,
+        # Few graphs to capture: each test starts an engine.
+        max_running_requests=8,
         **changes,
     )
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(("transport", "how"), WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_transformers(
     directories: dict[str, Path], service: Service, family: str, transport: str, how: str

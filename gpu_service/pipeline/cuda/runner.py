@@ -102,6 +102,7 @@ class CudaRunner:
         begin = self._mark()
         lost = self._host.migrate(plan.migrations) if self._host else frozenset()
         (batch,) = plan.batches or (SubBatch(),)
+        assert all(chunk.tier is Tier.GPU for chunk in batch.prefill)
         beside = None
         if plan.mode is Mode.DEFERRED:
             assert self._host is not None

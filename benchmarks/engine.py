@@ -152,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", default="llama3-8b", help="of benchmarks/models, or a path")
     parser.add_argument("--load-format", default="dummy")
+    parser.add_argument("--quantization", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--gpu-kv-blocks", type=int, default=0)
@@ -185,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             device=args.device,
             dtype=args.dtype,
             load_format=args.load_format,
+            quantization=args.quantization,
             gpu_kv_blocks=args.gpu_kv_blocks,
             gpu_memory_utilization=args.gpu_memory_utilization,
             offload=args.offload,

@@ -25,6 +25,9 @@ class GpuServiceConfig:
     """`float32`, `bfloat16`, `float16`; `auto` is the checkpoint's own."""
     load_format: str = "auto"
     """`auto` reads the weights; `dummy` makes random ones from the model's config alone."""
+    quantization: str = "auto"
+    """`fp8`: the layers' weights are e4m3 with a scale per output channel, made of whatever the
+    checkpoint holds; `auto` leaves them as the checkpoint has them."""
     threads: int = 0
     """Threads of the dense layers on `--device cpu`; 0 means all allowed cores."""
     max_context_tokens: int = 0
@@ -109,6 +112,7 @@ class GpuServiceConfig:
 _CHOICES: dict[str, tuple[str | int, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "load_format": ("auto", "dummy"),
+    "quantization": ("auto", "fp8"),
     "block_tokens": (16, 32, 64),
     "offload": ("never", "auto", "always"),
     "offload_mode": ("inline", "deferred"),

@@ -54,6 +54,8 @@ class ModelSpec:
     """Whether attention's output projection has a bias."""
     dtype: str = "bfloat16"
     """The checkpoint's: "float32", "bfloat16" or "float16"; quantised files count as bfloat16."""
+    quantization: str = ""
+    """"fp8" where the checkpoint's layers are e4m3 with scales."""
 
     @property
     def queries_per_kv(self) -> int:

@@ -61,6 +61,7 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
         dtype=config.dtype,
         device=device,
         load_format=config.load_format,
+        quantization=config.quantization,
         progress=progress,
     )
     geometry = geometry_of(spec, config.block_tokens)

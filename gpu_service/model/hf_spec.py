@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpu_service.model.hf_quantization import quantization_of
 from neo_common.model_spec import ModelSpec, RopeSpec
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ def spec_from_directory(directory: Path) -> ModelSpec:
         bos_token_id=next(iter(config.token_ids("bos_token_id")), None),
         eos_token_ids=_merge(_ids(extra_eos), config.token_ids("eos_token_id")),
         dtype=_dtype(config),
+        quantization=quantization_of(config.values.get("quantization_config"), config.where),
     )
 
 
@@ -92,8 +94,6 @@ class _Config:
 
 
 def _refuse_unsupported(config: _Config) -> None:
-    if config.values.get("quantization_config"):
-        raise ValueError(f"{config.where}: quantised checkpoints are not supported; GGUF files are")
     activation = config.get("hidden_act", str, "silu")
     if activation not in ("silu", "swish"):
         raise ValueError(f"{config.where}: hidden_act {activation!r} is not supported (silu is)")

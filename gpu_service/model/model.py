@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as functional
 
 from gpu_service.model import weights
+from gpu_service.model.fp8 import MULTIPLE, Fp8Linear, Fp8Rows
 from gpu_service.model.linear import Linear
 from gpu_service.model.rope import rope_table
 from gpu_service.model.spec import read_spec, resolve_model
@@ -36,19 +37,22 @@ _DTYPES = {
 # Reading is bound by the disk or by dequantising; each thread holds one layer's fp32 copy.
 _LOAD_THREADS = 4
 
+LayerLinear = Linear | Fp8Linear
+"""All of a model's layers have the same kind."""
+
 
 @dataclass(frozen=True)
 class LayerWeights:
     """One layer, fused as it is multiplied: `qkv` is Q above K above V, `gate_up` gate above up."""
 
     input_norm: torch.Tensor
-    qkv: Linear
+    qkv: LayerLinear
     qk_norm: torch.Tensor | None
     """`[query_heads + kv_heads, head_dim]`"""
-    output: Linear
+    output: LayerLinear
     post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: LayerLinear
+    down: LayerLinear
 
 
 class CausalLM:
@@ -131,19 +135,62 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     load_format: str = "auto",
+    quantization: str = "auto",
     progress: Progress | None = None,
 ) -> CausalLM:
     """The model at `path`: a Hugging Face directory, a GGUF file or `smollm2`.
 
     dtype: "auto" is the checkpoint's own. load_format: "auto" reads weights, "dummy" makes them up.
+    quantization: "fp8" quantises the layers' weights tensor by tensor as they are read, "auto"
+    leaves them as the checkpoint has them.
     ValueError, one sentence, for missing, damaged or unsupported files and options.
     """
     spec = read_spec(path)
     target, place = _resolve_dtype(dtype, spec), torch.device(device)
+    fp8 = "fp8" in (quantization, spec.quantization)
+    if fp8:
+        _check_fp8(spec, target, place)
+    _check_room(spec, target, place, fp8=fp8)
     source = weights.open_source(resolve_model(path), spec, load_format, place)
     weights.check_source(source, spec)
     with torch.inference_mode():
-        return _Loader(spec, source, target, place, progress or (lambda *_: None)).model()
+        return _Loader(spec, source, target, place, progress or (lambda *_: None), fp8=fp8).model()
+
+
+def _check_fp8(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        raise ValueError(
+            f"quantization: fp8 weights on a CUDA device need dtype bfloat16, not {dtype}"
+        )
+    sizes = {
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "query heads * head_dim": spec.query_heads * spec.head_dim,
+        "(query heads + 2 * KV heads) * head_dim": spec.head_dim
+        * (spec.query_heads + 2 * spec.kv_heads),
+    }
+    for name, size in sizes.items():
+        if size % MULTIPLE:
+            raise ValueError(
+                f"quantization: fp8 needs {name} to be a multiple of {MULTIPLE}, but this model's"
+                f" is {size}"
+            )
+
+
+def _check_room(spec: ModelSpec, dtype: torch.dtype, device: torch.device, *, fp8: bool) -> None:
+    """Refuse weights that cannot fit before half an hour has gone into reading them."""
+    if device.type != "cuda":
+        return
+    shapes, gib = weights.model_tensors(spec), 1 << 30
+    needed, free = weights.weight_bytes(shapes, dtype, fp8=fp8), torch.cuda.mem_get_info(device)[0]
+    if needed <= free:
+        return
+    smaller = weights.weight_bytes(shapes, torch.bfloat16, fp8=True)
+    hint = f"; with quantization fp8 they take {smaller / gib:.1f} GiB" if not fp8 else ""
+    raise ValueError(
+        f"the weights take {needed / gib:.1f} GiB and the device has {free / gib:.1f} GiB"
+        f" free{hint}"
+    )
 
 
 def _resolve_dtype(dtype: str | torch.dtype, spec: ModelSpec) -> torch.dtype:
@@ -165,14 +212,17 @@ class _Loader:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress,
+        *,
+        fp8: bool,
     ) -> None:
         self._spec = spec
+        self._fp8 = fp8
         self._source = source
         self._dtype = dtype
         self._device = device
         self._progress = progress
         self._shapes = weights.model_tensors(spec)
-        self._total = dtype.itemsize * sum(map(_elements, self._shapes.values()))
+        self._total = weights.weight_bytes(self._shapes, dtype, fp8=fp8)
 
     def model(self) -> CausalLM:
         self._progress("weights", 0, self._total)
@@ -190,8 +240,8 @@ class _Loader:
         return CausalLM(self._spec, layers, embedding, final_norm, head)
 
     def _layer_bytes(self, index: int) -> int:
-        shapes = weights.layer_tensors(self._spec, index).values()
-        return self._dtype.itemsize * sum(map(_elements, shapes))
+        shapes = weights.layer_tensors(self._spec, index)
+        return weights.weight_bytes(shapes, self._dtype, fp8=self._fp8)
 
     def _layer(self, index: int) -> LayerWeights:
         with torch.inference_mode():  # a property of the thread
@@ -201,16 +251,27 @@ class _Loader:
             output_bias = self._tensor(f"{attention}o_proj.bias") if spec.output_bias else None
             return LayerWeights(
                 input_norm=self._tensor(f"{prefix}input_layernorm.weight"),
-                qkv=Linear(
-                    self._tensor(*(f"{name}weight" for name in qkv)),
-                    self._tensor(*(f"{name}bias" for name in qkv)) if spec.qkv_bias else None,
+                qkv=self._linear(
+                    *(f"{name}weight" for name in qkv),
+                    bias=self._tensor(*(f"{name}bias" for name in qkv)) if spec.qkv_bias else None,
                 ),
                 qk_norm=self._qk_norm(attention) if spec.qk_norm else None,
-                output=Linear(self._tensor(f"{attention}o_proj.weight"), output_bias),
+                output=self._linear(f"{attention}o_proj.weight", bias=output_bias),
                 post_norm=self._tensor(f"{prefix}post_attention_layernorm.weight"),
-                gate_up=Linear(self._tensor(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")),
-                down=Linear(self._tensor(f"{mlp}down_proj.weight")),
+                gate_up=self._linear(f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
+                down=self._linear(f"{mlp}down_proj.weight"),
             )
+
+    def _linear(self, *names: str, bias: torch.Tensor | None = None) -> LayerLinear:
+        if not self._fp8:
+            return Linear(self._tensor(*names), bias)
+        shapes = [self._shapes[name] for name in names]
+        weight = Fp8Rows.empty(sum(shape[0] for shape in shapes), shapes[0][1], self._device)
+        row = 0
+        for name, shape in zip(names, shapes, strict=True):
+            self._source.read_fp8(name, weight.part(row, row + shape[0]))
+            row += shape[0]
+        return Fp8Linear(weight, self._dtype, bias)
 
     def _qk_norm(self, attention: str) -> torch.Tensor:
         q, k = self._tensor(f"{attention}q_norm.weight"), self._tensor(f"{attention}k_norm.weight")
@@ -227,10 +288,3 @@ class _Loader:
             target[row : row + shape[0]].copy_(self._source.read(name))
             row += shape[0]
         return target
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

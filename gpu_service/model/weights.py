@@ -7,6 +7,7 @@ before it is asked for. `check_source` compares all of it with what the model ne
 from __future__ import annotations
 
 import json
+import math
 import threading
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gpu_service.model.fp8 import Fp8Rows, quantise_weight, random_weight
 from gpu_service.model.gguf_file import GgufFile
 from neo_common.model_spec import ModelSpec
 
@@ -24,6 +26,11 @@ EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 _FLOATS = {"F32", "F16", "BF16"}
+_FP8 = "F8_E4M3"
+_FP8_SCALES = ".weight_scale"
+_FP8_UNUSED = (".input_scale", ".k_scale", ".v_scale")
+"""Scales of activations and of KV, which our rows and pools do without."""
+_DUMMY_DEVIATION = 0.02
 
 
 class TensorSource(Protocol):
@@ -40,6 +47,10 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """A floating-point tensor on any device. ValueError if it is damaged."""
+        ...
+
+    def read_fp8(self, name: str, out: Fp8Rows) -> None:
+        """The same into `out`, of the tensor's shape: codes as stored, or made of what is."""
         ...
 
 
@@ -81,6 +92,23 @@ def model_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def is_fp8(name: str, *, fp8: bool) -> bool:
+    """Whether that tensor is e4m3 in a model with fp8 weights: the layers' matrices are."""
+    return fp8 and name.endswith("_proj.weight")
+
+
+def weight_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, *, fp8: bool) -> int:
+    """What the tensors take on the device."""
+    total = 0
+    for name, shape in shapes.items():
+        elements = math.prod(shape)
+        if is_fp8(name, fp8=fp8):
+            total += elements + shape[0] * torch.float32.itemsize
+        else:
+            total += elements * dtype.itemsize
+    return total
+
+
 def check_source(source: TensorSource, spec: ModelSpec) -> None:
     """ValueError naming the first tensor that is missing, misshapen or unknown."""
     found, wanted = source.shapes(), model_tensors(spec)
@@ -98,15 +126,24 @@ def check_source(source: TensorSource, spec: ModelSpec) -> None:
 
 
 class SafetensorsSource:
-    """`model.safetensors`, or the shards that its index lists; memory-mapped."""
+    """`model.safetensors`, or the shards that its index lists; memory-mapped.
 
-    def __init__(self, directory: Path) -> None:
+    With `fp8`, tensors may be e4m3 beside a `weight_scale` of one value or one a row; all others
+    are as ever.
+    """
+
+    def __init__(self, directory: Path, *, fp8: bool = False) -> None:
         self.where = directory
+        self._fp8 = fp8
+        self._codes: set[str] = set()
         self._local = threading.local()
         self._shard_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._scales: dict[str, tuple[int, ...]] = {}
         for shard, promised in _shards(directory).items():
             self._scan(shard, promised)
+        for name in self._codes:
+            self._check_scale(name)
 
     def _scan(self, shard: Path, promised: set[str]) -> None:
         with _one_sentence(shard), safe_open(shard, framework="pt") as file:
@@ -116,18 +153,49 @@ class SafetensorsSource:
                 raise ValueError(f"{shard} lacks the tensor {name}, which the index promises")
             for name in names:
                 piece = file.get_slice(name)
-                if piece.get_dtype() not in _FLOATS and not name.endswith("rotary_emb.inv_freq"):
+                kind, shape = piece.get_dtype(), tuple(piece.get_shape())
+                if self._fp8 and name.endswith(_FP8_UNUSED):
+                    continue
+                if self._fp8 and kind == _FP8:
+                    self._codes.add(name)
+                elif kind not in _FLOATS and not name.endswith("rotary_emb.inv_freq"):
                     raise ValueError(
-                        f"{shard}: tensor {name} is {piece.get_dtype()}; F32, F16 and BF16 are"
-                        " supported"
+                        f"{shard}: tensor {name} is {kind}; F32, F16 and BF16 are supported, and"
+                        f" {_FP8} where config.json has a quantization_config of fp8"
                     )
                 self._shard_of[name] = shard
-                self._shapes[name] = tuple(piece.get_shape())
+                if self._fp8 and name.endswith(_FP8_SCALES):
+                    self._scales[name] = shape
+                else:
+                    self._shapes[name] = shape
+
+    def _check_scale(self, name: str) -> None:
+        scale = _scale_name(name)
+        if scale not in self._scales:
+            raise ValueError(f"{self.where} lacks the tensor {scale}, which {name} needs")
+        shape, rows = self._scales[scale], self._shapes[name][0]
+        if shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
+            raise ValueError(
+                f"{self.where}: tensor {scale} has shape {list(shape)}; one value, or one for each"
+                f" of the {rows} rows of {name}, are supported"
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
 
     def read(self, name: str) -> torch.Tensor:
+        if name in self._codes:  # elsewhere than in layers, for instance the head
+            return self._stored(name).float() * self._stored(_scale_name(name)).float().view(-1, 1)
+        return self._stored(name)
+
+    def read_fp8(self, name: str, out: Fp8Rows) -> None:
+        if name not in self._codes:
+            quantise_weight(self._stored(name), out)
+            return
+        out.codes.copy_(self._stored(name))
+        out.scales.copy_(self._stored(_scale_name(name)).view(-1).expand(out.scales.shape[0]))
+
+    def _stored(self, name: str) -> torch.Tensor:
         shard = self._shard_of[name]
         # One handle a thread and shard: opening again for each tensor would parse the header again.
         handles = self._local.__dict__
@@ -136,6 +204,10 @@ class SafetensorsSource:
                 handles[str(shard)] = safe_open(shard, framework="pt")
             tensor: torch.Tensor = handles[str(shard)].get_tensor(name)
         return tensor
+
+
+def _scale_name(name: str) -> str:
+    return name.removesuffix(".weight") + _FP8_SCALES
 
 
 @contextmanager
@@ -215,6 +287,9 @@ class GgufSource:
         # fp32 and fp16 tensors are views of a read-only file; torch wants to own what it wraps.
         return torch.from_numpy(values if values.flags.writeable else values.copy())
 
+    def read_fp8(self, name: str, out: Fp8Rows) -> None:
+        quantise_weight(self.read(name), out)
+
 
 def _hf_name(name: str) -> str:
     """The Hugging Face name; GGUF's own where there is none, for the error message."""
@@ -242,7 +317,10 @@ class DummySource:
         if "norm" in name:
             return torch.ones(shape, device=self._device)
         generator = torch.Generator(device=self._device).manual_seed(zlib.crc32(name.encode()))
-        return torch.randn(shape, generator=generator, device=self._device) * 0.02
+        return torch.randn(shape, generator=generator, device=self._device) * _DUMMY_DEVIATION
+
+    def read_fp8(self, name: str, out: Fp8Rows) -> None:
+        random_weight(out, zlib.crc32(name.encode()), _DUMMY_DEVIATION)
 
 
 def open_source(
@@ -254,5 +332,5 @@ def open_source(
     if load_format != "auto":
         raise ValueError(f"load_format: {load_format!r} is not known (auto and dummy are)")
     if path.is_dir():
-        return SafetensorsSource(path)
+        return SafetensorsSource(path, fp8=spec.quantization == "fp8")
     return GgufSource(GgufFile(path), spec)

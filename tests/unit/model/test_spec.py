@@ -119,7 +119,7 @@ def test_end_of_sequence_ids_of_both_files(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor -1"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', not an object"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small', not a number"),
-        ({"quantization_config": {"bits": 4}}, "quantised checkpoints are not supported"),
+        ({"quantization_config": {"bits": 4}}, "quant_method None is not supported"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', not of type bool"),
         (

@@ -20,6 +20,8 @@ LONG_GPU = Job(
     prompt=tuple(range(3, 40)), output_tokens=400, placement=types_pb2.PLACEMENT_GPU_ONLY
 )
 
+MODES = ("inline", "deferred")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -32,9 +34,12 @@ async def until_host_decodes(stack: Stack, tokens: int) -> None:
             return
 
 
-async def test_host_requests_survive_a_killed_cpu_service(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+async def test_host_requests_survive_a_killed_cpu_service(
+    tmp_path: Path, model: Path, mode: str
+) -> None:
     """SIGKILL mid-stream, restart: the same tokens as without, none recomputed."""
-    with running_stack(tmp_path, model) as stack:
+    with running_stack(tmp_path, model, offload_mode=mode) as stack:
         reference = await run_job(stack.router.address, LONG_GPU)
         host = asyncio.create_task(run_job(stack.router.address, LONG))
         await until_host_decodes(stack, 20)
@@ -53,9 +58,10 @@ async def test_host_requests_survive_a_killed_cpu_service(tmp_path: Path, model:
     assert load.recomputations_total == 0
 
 
-async def test_a_stopped_cpu_service_is_survived(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_stopped_cpu_service_is_survived(tmp_path: Path, model: Path, mode: str) -> None:
     """SIGSTOP past the sweep's deadline, then SIGCONT: no hang, no wrong token."""
-    with running_stack(tmp_path, model, sweep_deadline_ms=300.0) as stack:
+    with running_stack(tmp_path, model, sweep_deadline_ms=300.0, offload_mode=mode) as stack:
         reference = await run_job(stack.router.address, LONG_GPU)
         host = asyncio.create_task(run_job(stack.router.address, LONG))
         await until_host_decodes(stack, 20)
@@ -69,10 +75,11 @@ async def test_a_stopped_cpu_service_is_survived(tmp_path: Path, model: Path) ->
     assert answer.tokens == reference.tokens
 
 
-async def test_lease_expiry_ends_host_requests_only(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+async def test_lease_expiry_ends_host_requests_only(tmp_path: Path, model: Path, mode: str) -> None:
     """A cpu_service that stays away: its requests end with UNAVAILABLE, the others do not notice,
     and new requests are served on the GPU tier."""
-    with running_stack(tmp_path, model, lease_seconds=2.0) as stack:
+    with running_stack(tmp_path, model, lease_seconds=2.0, offload_mode=mode) as stack:
         host = asyncio.create_task(run_job(stack.router.address, LONG))
         await until_host_decodes(stack, 20)
         stack.cpu.signal(signal.SIGKILL)

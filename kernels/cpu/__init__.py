@@ -50,6 +50,12 @@ def isas() -> tuple[str, ...]:
     return tuple(_neo_cpu.isas())
 
 
+def loop_isa(kv: DType, activation: DType, group: int) -> str:
+    """The instruction set that new thread pools use for these types and `group` query heads a KV
+    head: not `isa()` where a lesser one is faster, or has the only loop."""
+    return str(_neo_cpu.loop_isa(int(kv), int(activation), group))
+
+
 def first_touch(
     place: int,
     size_bytes: int,

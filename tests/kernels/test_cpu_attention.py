@@ -49,6 +49,22 @@ def test_every_set_agrees_with_the_oracle(
         check(sequences, *sequences.attend(threads))
 
 
+@pytest.mark.parametrize(
+    ("kv", "group", "isa"),
+    [(BF16, 3, "avx512bf16"), (BF16, 4, "amx"), (INT8, 7, "avx512bf16"), (INT8, 8, "amx")],
+)
+def test_tiles_are_used_where_they_were_faster(
+    monkeypatch: pytest.MonkeyPatch, kv: DType, group: int, isa: str
+) -> None:
+    if isa not in cpu.isas():
+        pytest.skip(f"needs a CPU with {isa}")
+    monkeypatch.delenv("NEO_CPU_ISA", raising=False)
+    assert cpu.loop_isa(kv, BF16, group) == isa
+    assert cpu.loop_isa(F16, F16, group) == "avx512", "no other set has a loop for it"
+    monkeypatch.setenv("NEO_CPU_ISA", cpu.isas()[-1])
+    assert cpu.loop_isa(kv, BF16, group) == cpu.isas()[-1]
+
+
 def test_results_do_not_depend_on_threads(isa: str) -> None:
     sequences = Sequences(Case((2000, 700, 90), 8, 4, 64, kv=BF16, activation=BF16))
     with ThreadPool(1) as threads:

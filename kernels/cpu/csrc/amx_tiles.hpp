@@ -33,11 +33,11 @@ struct alignas(64) TileShapes {
 #ifdef NEO_EMULATE_AMX
 
 struct Tiles {
-  TileShapes shapes;
-  alignas(64) std::byte data[8][16][64];
+  static inline thread_local TileShapes shapes;
+  static inline thread_local std::byte data[8][16][64];
 
   // A CPU faults on what is refused here.
-  void configure(const TileShapes& wanted) {
+  static void configure(const TileShapes& wanted) {
     for (int32_t tile = 0; tile < 8; ++tile) {
       assert(wanted.rows[tile] <= 16 && wanted.row_bytes[tile] <= 64);
       assert((wanted.rows[tile] == 0) == (wanted.row_bytes[tile] == 0));
@@ -45,7 +45,7 @@ struct Tiles {
     shapes = wanted;
     std::memset(data, 0, sizeof(data));
   }
-  void release() {}
+  static void release() {}
 
   template <int32_t tile>
   void zero() {
@@ -116,9 +116,10 @@ struct Tiles {
 
 // GCC's intrinsics paste the tile's number into the instruction as text, so a template's constant needs this.
 struct Tiles {
-  void configure(const TileShapes& shapes) { _tile_loadconfig(&shapes); }
+  // Not GCC 12's intrinsic, which says that it reads 8 of the bytes: it never wrote the others.
+  static void configure(const TileShapes& shapes) { asm volatile("ldtilecfg %0" ::"m"(shapes)); }
   // The registers' contents would else be saved at every switch of the thread.
-  void release() { _tile_release(); }
+  static void release() { _tile_release(); }
 
   template <int32_t tile>
   void zero() {

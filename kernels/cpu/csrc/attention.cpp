@@ -268,6 +268,9 @@ void attend_item(const Call& call, const Item& item, const std::optional<Item>& 
     }
     keep(call, chunk, state, head);
   }
+  if (call.kernel.release != nullptr) {
+    call.kernel.release();
+  }
 }
 
 void run_item(const Call& call, int32_t number, int32_t next) {
@@ -335,7 +338,7 @@ void decode_attention(ThreadPool& threads, const KvPool& pool, int32_t layer, co
             params,
             batch,
             PieceShape(layout),
-            strip_kernel(threads.isa(), layout.dtype, params.activation),
+            best_loop(threads.isa(), layout.dtype, params.activation, params.query_heads / layout.kv_heads).kernel,
             make_plan(layout, batch.lengths, batch.rows, params.window, threads.size(),
                       reinterpret_cast<ChunkPlan*>(scratch)),
             reinterpret_cast<std::atomic<int32_t>*>(scratch + plan_bytes),

@@ -154,13 +154,16 @@ void bind_attention(py::module_& m) {
   using namespace neo;
   using release = py::call_guard<py::gil_scoped_release>;
   m.attr("LAYOUT_VERSION") = kLayoutVersion;
-  m.def("isa", [] { return isa_name(chosen_isa()); });
+  m.def("isa", [] { return isa_name(chosen_isa().isa); });
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const Isa isa : available_isas()) {
       names.emplace_back(isa_name(isa));
     }
     return names;
+  });
+  m.def("loop_isa", [](int32_t kv, int32_t activation, int32_t group) {
+    return isa_name(best_loop(chosen_isa(), static_cast<DType>(kv), static_cast<DType>(activation), group).isa);
   });
   m.def("piece_bytes", [](int32_t layers, int32_t kv_heads, int32_t head_dim, int32_t block_tokens, int32_t dtype) {
     return make_layout(layers, kv_heads, head_dim, block_tokens, dtype).piece_bytes();

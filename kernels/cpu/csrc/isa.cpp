@@ -53,6 +53,10 @@ bool has(Isa isa) {
 #endif
 }
 
+// A tile takes as long for one head as for sixteen, dot products grow with heads. Sapphire Rapids, 14 threads,
+// docs/perf-log.md.
+[[maybe_unused]] bool tiles_win(DType kv, int32_t group) { return group >= (kv == DType::kInt8 ? 8 : 4); }
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -81,44 +85,44 @@ std::vector<Isa> available_isas() {
   return found;
 }
 
-Isa chosen_isa() {
+IsaChoice chosen_isa() {
   const std::vector<Isa> available = available_isas();
   const char* wanted = std::getenv("NEO_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') {
-    // Tiles only where they are asked for, until they have been measured on a machine that has them.
-    return available.back() == Isa::kAmx ? Isa::kAvx512Bf16 : available.back();
+    return {available.back(), false};
   }
   std::string names;
   for (const Isa isa : available) {
     if (isa_name(isa) == std::string(wanted)) {
-      return isa;
+      return {isa, true};
     }
     names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
   }
   throw std::invalid_argument("NEO_CPU_ISA is '" + std::string(wanted) + "'; this machine can run " + names);
 }
 
-StripKernel strip_kernel(Isa isa, DType kv, DType activation) {
+Loop best_loop(IsaChoice choice, DType kv, DType activation, int32_t group) {
 #if defined(__x86_64__)
-  if (isa >= Isa::kAmx) {
+  if (choice.isa >= Isa::kAmx && (choice.forced || tiles_win(kv, group))) {
     if (const StripKernel kernel = amx_strip(kv, activation); kernel.attend != nullptr) {
-      return kernel;
+      return {kernel, Isa::kAmx};
     }
   }
-  if (isa >= Isa::kAvx512Bf16) {
+  if (choice.isa >= Isa::kAvx512Bf16) {
     if (const StripKernel kernel = avx512bf16_strip(kv, activation); kernel.attend != nullptr) {
-      return kernel;
+      return {kernel, Isa::kAvx512Bf16};
     }
   }
-  if (isa >= Isa::kAvx512) {
-    return avx512_strip(kv, activation);
+  if (choice.isa >= Isa::kAvx512) {
+    return {avx512_strip(kv, activation), Isa::kAvx512};
   }
-  if (isa >= Isa::kAvx2) {
-    return avx2_strip(kv, activation);
+  if (choice.isa >= Isa::kAvx2) {
+    return {avx2_strip(kv, activation), Isa::kAvx2};
   }
 #endif
-  (void)isa;
-  return scalar_strip(kv, activation);
+  (void)choice;
+  (void)group;
+  return {scalar_strip(kv, activation), Isa::kScalar};
 }
 
 }  // namespace neo

@@ -61,8 +61,9 @@ struct Fetch {
       runs[kStripTiles + t] = strip.next[t].v;
     }
   }
-  // `at` has to be a multiple of `lines`, a power of two.
-  template <int32_t lines>
+  // `at` has to be a multiple of `lines`, a power of two. `locality` as of __builtin_prefetch: 2 is the second-level
+  // cache.
+  template <int32_t lines, int32_t locality = 2>
   void more() {
     static_assert(kRuns % lines == 0);
     if (at < end) {
@@ -70,7 +71,7 @@ struct Fetch {
       const std::byte* const* run = runs + at % kRuns;
       const std::ptrdiff_t offset = at / kRuns * 64;
       for (int32_t i = 0; i < lines; ++i) {
-        __builtin_prefetch(run[i] + offset, 0, 2);
+        __builtin_prefetch(run[i] + offset, 0, locality);
       }
       at += lines;
     }
@@ -80,6 +81,7 @@ struct Fetch {
 struct StripKernel {
   void (*prepare)(HeadState&) = nullptr;  // fills q_packed and so on from q; null: nothing to do
   void (*attend)(HeadState&, const Strip&) = nullptr;
+  void (*release)() = nullptr;  // undoes on this thread what `prepare` left there; null: nothing to do
 };
 
 // The best kernel of an instruction set for this pair of types; `attend` is null where a lesser set has it.

@@ -10,13 +10,19 @@ namespace {
 
 constexpr int32_t kColumn = 16;  // dims of a V line
 
+// To the first-level cache: 2-5% faster than to the second on the only kind of CPU that has tiles (docs/perf-log.md).
+template <int32_t lines>
+inline void fetch_lines(Fetch& fetch) {
+  fetch.more<lines, 3>();
+}
+
 // The product of an operand of rows of q and a tile of the strip's K is added to tile `c`.
 template <int32_t c, int32_t a, int32_t b, typename Kv>
 inline void score_tile(Tiles& tiles, const Strip& strip, Fetch& fetch, std::ptrdiff_t at) {
   tiles.load<b>(strip.tiles[c].k + at, kLine);
   Kv::template score<c, a, b>(tiles);
-  fetch.more<8>();
-  fetch.more<8>();
+  fetch_lines<8>(fetch);
+  fetch_lines<8>(fetch);
 }
 
 // Tiles 4, 5 are full operands, 6, 7 cut ones.
@@ -42,7 +48,7 @@ inline void multiply_keys(Tiles& tiles, const Strip& strip, Fetch& fetch, const 
   for (; line + 16 <= lines; line += 16) {
     score_tiles<4, 5, Kv>(tiles, strip, fetch, q + 4 * line, q_stride, line * kLine);
   }
-  if (line < lines) {
+  for (; line < lines; line += Kv::kLines) {
     score_tiles<6, 7, Kv>(tiles, strip, fetch, q + 4 * line, q_stride, line * kLine);
   }
   auto* scores = static_cast<std::byte*>(out);
@@ -57,7 +63,7 @@ template <int32_t c, typename Kv>
 inline void weigh_column(Tiles& tiles, Fetch& fetch, const std::byte* v, std::ptrdiff_t stride) {
   tiles.load<7>(v + c * kLine, stride);
   Kv::template weighted<c, 6, 7>(tiles);
-  fetch.more<Kv::kLines>();
+  fetch_lines<Kv::kLines>(fetch);
 }
 
 // Adds weights (rows of `stride` bytes, `token_bytes` a token) times V of `columns` columns from `column` on to tiles 0
@@ -78,22 +84,20 @@ inline void multiply_values(Tiles& tiles, const Strip& strip, Fetch& fetch, cons
   }
 }
 
-// Tiles 0 to 3 have `rows` rows of 64 bytes; 4 and 5 are full operands, 6 and 7 cut ones of `lines` lines. No line: a
-// tile with rows but no bytes would fault, so one that nobody uses.
-inline TileShapes shapes(int32_t rows, int32_t lines) {
-  lines = lines > 0 ? lines : 1;
-  TileShapes made;
+// Tiles 0 to 3 have `rows` rows of 64 bytes; 4 and 5 are full operands, 6 and 7 cut ones of `lines` lines.
+inline void configure(int32_t rows, int32_t lines) {
+  TileShapes shapes;
   for (int32_t tile = 0; tile < 4; ++tile) {
-    made.set(tile, rows, 64);
+    shapes.set(tile, rows, 64);
   }
-  made.set(4, rows, 64);
-  made.set(5, 16, 64);
-  made.set(6, rows, lines * 4);
-  made.set(7, lines, 64);
-  return made;
+  shapes.set(4, rows, 64);
+  shapes.set(5, 16, 64);
+  shapes.set(6, rows, lines * 4);
+  shapes.set(7, lines, 64);
+  Tiles::configure(shapes);
 }
 
-// ---- bf16: 16 tokens of V are 8 lines, and so is what is left of K where dim is no multiple of 32
+// ---- bf16: 16 tokens of V are 8 lines, and so is what K has over where dim is no multiple of 32
 
 struct Bf16 : Bf16Operands {
   static constexpr int32_t kBytes = 2;
@@ -137,8 +141,7 @@ struct Bf16 : Bf16Operands {
       tiles.store<3>(acc + 48, stride);
     }
   }
-  static TileShapes key_shapes(const HeadState& state) { return shapes(state.group, kLines); }
-  static TileShapes value_shapes(const HeadState& state) { return shapes(state.group, kLines); }
+  static int32_t rows(const HeadState& state) { return state.group; }
 };
 
 // ---- int8: high and low bytes of q and weights are rows side by side, so 8 heads fill a tile; 16 tokens of V are 4
@@ -207,11 +210,15 @@ struct Int8 : Int8Operands {
   }
   // Rows of heads that are not there are computed and left alone.
   static int32_t rows(const HeadState& state) { return 2 * (state.group < kHeads ? state.group : kHeads); }
-  static TileShapes key_shapes(const HeadState& state) { return shapes(rows(state), state.dim % 64 / 4); }
-  static TileShapes value_shapes(const HeadState& state) { return shapes(rows(state), kLines); }
 };
 
 // ---- either
+
+template <typename Kv>
+void prepare(HeadState& state) {
+  Kv::prepare(state);
+  configure(Kv::rows(state), Kv::kLines);  // once a head: it waits for all that went before
+}
 
 template <typename Kv>
 void attend(HeadState& state, const Strip& strip) {
@@ -220,13 +227,11 @@ void attend(HeadState& state, const Strip& strip) {
   weights.start(strip);
   Fetch fetch(strip, state.dim * kTileTokens * Kv::kBytes);
   Tiles tiles;
-  tiles.configure(Kv::key_shapes(state));
   Kv::scores(tiles, state, strip, fetch, scores);
   for (int32_t h = 0; h < state.group; ++h) {
-    fetch.more<8>();
+    fetch_lines<8>(fetch);
     Kv::weigh(state, strip, h, scores[h], weights);
   }
-  tiles.configure(Kv::value_shapes(state));
   const int32_t columns = state.dim / kColumn;
   int32_t column = 0;
   for (; column + 4 <= columns; column += 4) {
@@ -235,17 +240,16 @@ void attend(HeadState& state, const Strip& strip) {
   for (; column < columns; ++column) {
     Kv::template values<1>(tiles, state, strip, fetch, weights, column);
   }
-  tiles.release();
 }
 
 }  // namespace
 
 StripKernel amx_strip(DType kv, DType activation) {
   if (kv == DType::kBFloat16 && activation == DType::kBFloat16) {
-    return {Bf16::prepare, attend<Bf16>};
+    return {prepare<Bf16>, attend<Bf16>, Tiles::release};
   }
   if (kv == DType::kInt8) {
-    return {Int8::prepare, attend<Int8>};
+    return {prepare<Int8>, attend<Int8>, Tiles::release};
   }
   return {};
 }

@@ -164,7 +164,7 @@ struct ThreadPool::Impl {
   }
 
   int32_t spin_us;
-  Isa isa = chosen_isa();
+  IsaChoice isa = chosen_isa();
   std::vector<std::thread> helpers;
   std::unique_ptr<std::byte[], FreeScratch> scratch;
   std::size_t scratch_bytes = 0;
@@ -193,7 +193,7 @@ ThreadPool::~ThreadPool() = default;
 
 int32_t ThreadPool::size() const { return static_cast<int32_t>(impl_->helpers.size()) + 1; }
 
-Isa ThreadPool::isa() const { return impl_->isa; }
+IsaChoice ThreadPool::isa() const { return impl_->isa; }
 
 void ThreadPool::run(int32_t items, const std::function<void(int32_t item, int32_t next)>& body, int32_t helpers) {
   if (items >= kMaxItems) {

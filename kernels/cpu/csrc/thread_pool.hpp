@@ -23,7 +23,7 @@ class ThreadPool {
   int32_t size() const;
 
   // What its regions' vector loops are compiled for: chosen_isa() when the pool was made.
-  Isa isa() const;
+  IsaChoice isa() const;
 
   // Calls body(i, next) for each i in [0, items), items below 16 million, taken dynamically; returns when all are done,
   // without waiting for helpers that found nothing to do. `next`: what the same thread will take after i, so that it

@@ -147,8 +147,8 @@ class LtProduct:
         bias: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        """Launch on the current stream, a bias if and only if there was one at first. Tensors start at
-        multiples of 16 bytes."""
+        """Launch on the current stream; a bias if and only if there was one at first. Every tensor
+        starts at a multiple of 16 bytes."""
         outputs, inputs = self._shape
         check("x", x, (self._rows, inputs), self._dtype)
         check("weight", weight, (outputs, inputs), self._dtype)

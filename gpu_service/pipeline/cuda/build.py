@@ -21,8 +21,8 @@ from kernels.cpu.dataplane import StepShape
 from kernels.gpu.host_exchange import HostExchange, StepOffsets
 
 _GIB = 1 << 30
-_GRAPH_BYTES = 3 << 20
-"""Driver memory of one captured sweep of some 300 launches."""
+_GRAPH_LAYER_BYTES = 96 << 10
+"""Driver memory of some 10 launches, which is one layer of a captured sweep."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _pool_blocks(
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     allowed = limits.memory_utilization * total
-    used, reserve = total - free, graphs * _GRAPH_BYTES
+    used, reserve = total - free, graphs * geometry.layers * _GRAPH_LAYER_BYTES
     blocks = int(allowed - used - reserve) // block_bytes
     wanted = limits.kv_blocks or 1
     if limits.kv_blocks:

@@ -16,9 +16,6 @@
 namespace neo {
 namespace {
 
-// Below any real score, and finite: a score of -infinity then has weight 0, not NaN.
-constexpr float kNoScore = -1e30F;
-
 std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // One call: what its items share. Partial results live in the thread pool's scratch memory:
@@ -164,6 +161,10 @@ void finish(const Call& call, std::size_t query_head, const float* acc, float to
   const float inverse = 1.0F / sum;
   with_type(call.params.activation, [&]<typename T>(T) {
     if constexpr (!std::is_same_v<T, int8_t>) {
+      if (call.kernel.store != nullptr) {
+        call.kernel.store(acc, inverse, dim, static_cast<T*>(call.batch.out) + query_head * dim);
+        return;
+      }
       T* out = static_cast<T*>(call.batch.out) + query_head * dim;
       for (int32_t i = 0; i < dim; ++i) {
         out[i] = from_float<T>(acc[i] * inverse);

@@ -17,6 +17,9 @@ inline constexpr int32_t kTileTokens = 16;
 inline constexpr int32_t kStripTiles = 4;
 inline constexpr int32_t kStripTokens = 64;
 
+// Where `top` starts. Below any real score, and finite: a score of -infinity then has weight 0, not NaN.
+inline constexpr float kNoScore = -1e30F;
+
 struct Tile {
   const std::byte* k;
   const std::byte* v;
@@ -81,6 +84,8 @@ struct Fetch {
 struct StripKernel {
   void (*prepare)(HeadState&) = nullptr;  // fills q_packed and so on from q; null: nothing to do
   void (*attend)(HeadState&, const Strip&) = nullptr;
+  // Scales [count] floats into an array of the activation's type; count is a multiple of 16. Null: not faster here.
+  void (*store)(const float* from, float scale, int32_t count, void* to) = nullptr;
   void (*release)() = nullptr;  // undoes on this thread what `prepare` left there; null: nothing to do
 };
 

@@ -10,6 +10,19 @@ namespace {
 
 inline constexpr int32_t kLine = 64;  // bytes of a packed row: 16 tokens (K) or dims (V) of 4 bytes
 
+inline void store_bf16(const float* from, float scale, int32_t count, void* to) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  for (int32_t i = 0; i < count; i += 16) {
+    const __m256bh x = _mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + i), factor));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(to) + i), reinterpret_cast<__m256i>(x));
+  }
+}
+
+// What can write results of this type, if anything faster than plain C++.
+inline decltype(StripKernel::store) store_of(DType activation) {
+  return activation == DType::kBFloat16 ? store_bf16 : nullptr;
+}
+
 // bf16: weights are rounded to 8 bits, as FlashAttention does; q is exact.
 struct Bf16Operands {
   static void prepare(HeadState& state) {

@@ -50,13 +50,15 @@ inline void weigh_head(HeadState& state, const Strip& strip, int32_t g, float* r
   }
   if (any_greater(highest, Vec::all(state.top[g]))) {
     const float top = highest.largest();
-    const float shrink = exp(Vec::all(state.top[g] - top)).first();
-    state.top[g] = top;
-    (Vec::load(state.sum[g]) * Vec::all(shrink)).store(state.sum[g]);
-    float* acc = state.acc + g * state.dim;
-    for (int32_t i = 0; i < state.dim; i += kLanes) {
-      (Vec::load(acc + i) * Vec::all(shrink)).store(acc + i);
+    if (state.top[g] > kNoScore) {
+      const Vec shrink = Vec::all(exp(Vec::all(state.top[g] - top)).first());
+      (Vec::load(state.sum[g]) * shrink).store(state.sum[g]);
+      float* acc = state.acc + g * state.dim;
+      for (int32_t i = 0; i < state.dim; i += kLanes) {
+        (Vec::load(acc + i) * shrink).store(acc + i);
+      }
     }
+    state.top[g] = top;
   }
   Vec sum = Vec::load(state.sum[g]);
   const Vec top = Vec::all(state.top[g]);

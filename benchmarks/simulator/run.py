@@ -168,6 +168,9 @@ class SimulatedRunner:
     def clock(self) -> float:
         return self.now
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def launch(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> LaunchedSweep:
         """See `Runner.launch`. Half of the thread's work comes before a sweep, half after it."""
         work = 0.5e-3 * self._machine.host_ms(plan)

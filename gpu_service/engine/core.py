@@ -152,6 +152,7 @@ class EngineCore:
 
     def close(self) -> None:
         """End the session with the cpu_service."""
+        self._runner.close()
         self.host.close()
 
     def _count(self, plan: IterationPlan, result: SweepResult, started: float) -> None:

@@ -32,6 +32,10 @@ class Runner(Protocol):
         When memory runs out the sweep is void, and the request that asked for most of it ends."""
         ...
 
+    def close(self) -> None:
+        """No launch comes any more: let go of what belongs to others."""
+        ...
+
 
 class DoneSweep:
     """The sweep of a runner that waits for the device itself."""

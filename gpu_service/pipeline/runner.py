@@ -43,6 +43,9 @@ class PlanRunner:
         self._sampler = sampler
         self._migrator = migrator
 
+    def close(self) -> None:
+        """Nothing is held."""
+
     def launch(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> DoneSweep:
         return DoneSweep(self.run(plan, sampling))
 

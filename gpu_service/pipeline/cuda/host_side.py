@@ -152,6 +152,18 @@ class HostSide:
         self._waiting = [self._nobody] * len(self._waiting)
         return lost
 
+    def close(self) -> None:
+        """Before the tier unmaps its memory: a mapping that came to its place would be taken for
+        it."""
+        if self._registered is not None:
+            self._let_go(self._registered)
+            self._registered = None
+
+    def _let_go(self, registered: RegisteredSession) -> None:
+        if self._cache.memory.is_cuda:
+            torch.cuda.synchronize(self._cache.memory.device)
+        registered.close()
+
     def _session(self) -> RegisteredSession | None:
         """The memory to work on now; None while the host tier is away."""
         if self._tier.state is not HostTierState.UP:
@@ -160,10 +172,6 @@ class HostSide:
         assert session is not None
         known = self._registered
         if known is None or known.session.epoch != session.epoch:
-            device = self._cache.memory.device
-            if known is not None:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                known.close()
-            self._registered = RegisteredSession(session, device)
+            self.close()
+            self._registered = RegisteredSession(session, self._cache.memory.device)
         return self._registered

@@ -90,6 +90,10 @@ class CudaRunner:
         self._landing = [torch.zeros(drawn.shape, dtype=drawn.dtype, pin_memory=pin) for _ in "ab"]
         self._turn = 0
 
+    def close(self) -> None:
+        if self._host is not None:
+            self._host.close()
+
     @torch.inference_mode()
     def launch(self, plan: IterationPlan, sampling: Mapping[int, SamplingRow]) -> LaunchedSweep:
         """See `Runner.launch`."""

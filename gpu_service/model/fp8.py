@@ -125,11 +125,12 @@ class Fp8Linear:
                 self._codes,
                 scale_a=x.scales[:, None],
                 scale_b=self._scales[None, :],
-                bias=self._bias,
                 out_dtype=self._dtype,
                 use_fast_accum=True,
                 out=out,
             )
+            if self._bias is not None:  # cuBLAS does not take it for all shapes
+                out.add_(self._bias)
             return
         assert self._plain is not None
         sums = self._plain(x.codes.to(self._exact)).float()

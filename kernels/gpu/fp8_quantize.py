@@ -42,7 +42,8 @@ def _store_row(x, row, codes_ptr, scales_ptr, at, ok, WIDTH: tl.constexpr, BY_HA
     finite = tl.abs(x) < float("inf")
     largest = tl.max(tl.where(finite, tl.abs(x), float("inf")), 0)
     kept = tl.maximum(largest, _SMALLEST)
-    codes = tl.where(finite, x, 0.0) * (_LARGEST / kept)
+    # Exact division: where it is a power of two, many quotients of 16-bit values are ties.
+    codes = tl.where(finite, x, 0.0) * tl.div_rn(_LARGEST, kept)
     codes = tl.minimum(tl.maximum(codes, -_LARGEST), _LARGEST)
     tl.store(codes_ptr + row * WIDTH + at, _e4m3_bits(codes, BY_HAND), mask=ok)
     scale = tl.where(largest < float("inf"), kept * (1.0 / _LARGEST), float("nan"))

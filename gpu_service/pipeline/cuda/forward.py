@@ -144,9 +144,9 @@ class Forward:
             given.token_ids[:rows], given.sources[:rows], buffers.drawn, model.embedding, residual
         )
         for index, layer in enumerate(model.layers):
-            added = (residual, None) if index == 0 else (update, residual)
+            added, total = (update, residual) if index else (residual, None)
             qkv = buffers.qkv[:rows].flatten(1)
-            dense.normed(layer.qkv, *added, layer.input_norm, qkv)
+            dense.normed(layer.qkv, added, total, layer.input_norm, qkv)
             self._attention(index, shape, longest)
             dense.plain(layer.output, buffers.attended[:rows].flatten(1), update)
             gate_up = buffers.gate_up[:rows]

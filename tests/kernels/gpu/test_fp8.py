@@ -75,7 +75,7 @@ def test_rows_that_are_not_finite(bad: float, place: int) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("* (_LARGEST / kept)", "* (240.0 / kept)"),
+        ("tl.div_rn(_LARGEST, kept)", "(240.0 / kept)"),
         ("kept * (1.0 / _LARGEST)", "kept * (1.0 / 240.0)"),
         ("tl.maximum(largest, _SMALLEST)", "tl.maximum(tl.sum(tl.abs(x), 0) / WIDTH, _SMALLEST)"),
         ("tl.max(tl.where(finite, tl.abs(x), float(\"inf\")), 0)", "tl.max(x, 0)"),

@@ -124,6 +124,8 @@ def assemble(
             eos_token_ids=frozenset(spec.eos_token_ids),
             lease_seconds=config.lease_seconds,
             cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
+            cohort_rows=sweeps.table.host if sweeps is not None else 0,
+            host_prefill=sweeps is None or not sweeps.table.host,
             force_migration_every=config.force_migration_every,
         ),
         costs,

@@ -49,8 +49,7 @@ class DeferredSweeps:
     def run(self, batch: DeviceBatch, number: int) -> LaneOutcome:
         """One pass; the sub-batch's host rows start with it. `number`: the plan's.
 
-        The outcome's state ends with the rows that have come through all layers: the first ones of
-        its `landed`."""
+        The outcome's state ends with the rows that have come through all layers."""
         starting = self._starting(batch, number)
         self._under_way.update(dict.fromkeys(starting.flights))
         lost: tuple[Flight, ...] = ()
@@ -62,8 +61,7 @@ class DeferredSweeps:
             lost = self._lose()
         for flight in sweep.finished:
             del self._under_way[flight]
-        void = frozenset(flight.key for flight in lost) | sweep.rows.void
-        return LaneOutcome(state, void, (*sweep.finished, *lost))
+        return LaneOutcome(state, frozenset(sweep.rows.void), sweep.finished, lost)
 
     def give_up(self, plan: IterationPlan) -> tuple[Flight, ...]:
         """The plan's sweep ended half-way: nothing that was under way will come; returns it."""

@@ -28,10 +28,11 @@ class LaneOutcome:
 
     state: `[tokens, hidden]`; void rows hold anything, and have disturbed no other row.
     void: choices whose rows do not count and are to be repeated, since the host tier stalled.
-    landed: deferred mode: rows that are under way no more; those that are not void are the last
-    ones of `state`, in this order.
+    finished: deferred mode: rows that have come through all layers; the last ones of `state`.
+    grounded: deferred mode: rows that were under way and will not come.
     """
 
     state: torch.Tensor
     void: frozenset[int]
-    landed: tuple[Flight, ...] = ()
+    finished: tuple[Flight, ...] = ()
+    grounded: tuple[Flight, ...] = ()

@@ -24,9 +24,8 @@ def out_of_memory(
     `landed`: what was under way, and has come to nothing."""
     chunks = {row.key for batch in plan.batches for row in batch.prefill}
     decode = {row.key for batch in plan.batches for row in (*batch.gpu_decode, *batch.host_decode)}
-    under_way = {flight.key for flight in landed}
-    victim = max(chunks or decode or under_way)
-    void = (chunks | decode | under_way) - {victim}
+    victim = max(chunks or decode or {flight.key for flight in landed})
+    void = (chunks | decode) - {victim}
     return SweepResult(
         void=frozenset(void), lost=lost, failed={victim: _OUT_OF_MEMORY}, landed=landed
     )

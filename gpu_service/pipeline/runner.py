@@ -97,7 +97,7 @@ class PlanRunner:
             void=outcome.void,
             lost=lost,
             failed=failed,
-            landed=outcome.landed,
+            landed=outcome.finished + outcome.grounded,
             prompt_logprobs=logprobs,
         )
 
@@ -156,7 +156,7 @@ def _sampled_rows(
     if mode is Mode.DEFERRED:
         # A choice with a row of its own in this plan began anew since its flight started.
         busy = {chunk.key for chunk in batch.prefill} | {row.key for row in batch.gpu_decode}
-        for place, flight in enumerate(outcome.landed, first + len(decode)):
-            if flight.key not in busy and flight.key not in outcome.void:
+        for place, flight in enumerate(outcome.finished, first + len(decode)):
+            if flight.key not in busy:
                 found[flight.key] = place
     return found

@@ -28,9 +28,11 @@ def refuse(state: SchedulerState, request: Request, unstarted: int) -> Failure |
         )
     # The last token is never computed.
     needed = blocks_for(request.choices[0].final_length - 1, limits.block_tokens)
-    largest = max(state.pools[tier].total for tier in request.tiers)
+    # Whoever is preempted starts again, with all its tokens.
+    tiers = state.start_tiers(request.choices[0])
+    largest = max(state.pools[tier].total for tier in tiers)
     if needed > largest:
-        where = " and ".join(tier.value for tier in request.tiers)
+        where = " and ".join(tier.value for tier in tiers)
         return Failure(
             "NEVER_FITS",
             f"prompt and sampling.max_tokens need {needed} KV blocks of {limits.block_tokens} "
@@ -57,13 +59,13 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
         tier = next(
             (
                 t
-                for t in choice.request.tiers
-                if t in open_tiers and _fits(state, choice, t, headroom)
+                for t in state.start_tiers(choice)
+                if t in open_tiers and fits(state, choice, t, headroom)
             ),
             None,
         )
         if tier is None:
-            open_tiers.difference_update(choice.request.tiers)
+            open_tiers.difference_update(state.start_tiers(choice))
             continue
         state.start(choice, tier, state.shareable_blocks(choice, tier))
         headroom[tier] += state.growth_of(choice, ADMISSION_HORIZON_TOKENS)
@@ -72,7 +74,8 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
     return started
 
 
-def _fits(state: SchedulerState, choice: Choice, tier: Tier, headroom: Mapping[Tier, int]) -> bool:
+def fits(state: SchedulerState, choice: Choice, tier: Tier, headroom: Mapping[Tier, int]) -> bool:
+    """Whether it may start there. `headroom`: blocks that those on each tier will soon ask for."""
     size, pool = state.limits.block_tokens, state.pools[tier]
     shared = len(state.shareable_blocks(choice, tier))
     blocks = blocks_for(choice.length, size) - shared

@@ -99,6 +99,8 @@ def cohort(state: SchedulerState, ready: Sequence[Choice]) -> set[Choice]:
     for choice in sorted(ready, key=lambda choice: choice.last_planned):
         if starting and tokens + choice.length / 2 > share:
             break
+        if state.limits.cohort_rows and len(starting) == state.limits.cohort_rows:
+            break
         starting.add(choice)
         tokens += choice.length
     return starting

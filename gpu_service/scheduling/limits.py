@@ -30,6 +30,11 @@ class SchedulerLimits:
     """How long choices whose KV is on a host tier that went away wait for it."""
     cohorts: int = 0
     """Sweeps that a host row takes in deferred mode; 0: it takes one, and deferred mode is off."""
+    cohort_rows: int = 0
+    """Host rows that may start in one sweep; 0: any number."""
+    host_prefill: bool = True
+    """Prompts may be computed for the host tier. Else every choice starts on the GPU tier, and is
+    demoted once it decodes."""
     force_migration_every: int = 0
     """Testing aid: every that many iterations some choice changes its tier; 0 means never."""
 
@@ -50,6 +55,7 @@ class SchedulerLimits:
             "lease_seconds",
             "force_migration_every",
             "cohorts",
+            "cohort_rows",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

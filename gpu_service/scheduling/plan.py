@@ -180,8 +180,8 @@ class SweepResult:
     failed: Mapping[int, Failure] = field(default_factory=dict)
     """Choices whose request ends."""
     landed: tuple[Flight, ...] = ()
-    """Deferred mode: rows of this plan or of earlier ones that are under way no more. Those of
-    choices in `void` have come to nothing."""
+    """Deferred mode: rows of this plan or of earlier ones that are under way no more. Those without
+    a token or a failure have come to nothing, and are to be repeated."""
     prompt_logprobs: Mapping[int, list[TokenLogprob]] = field(default_factory=dict)
     """Choice -> one for each of the row's `logprob_targets`."""
     device_seconds: float = 0.0

@@ -5,6 +5,8 @@ the last resort.
                      (none may, or there is no room: the newest is recomputed later)
     host tier full   the oldest host choice that may is promoted (else the newest is recomputed)
     GPU blocks free  the oldest host choice is promoted, with headroom
+    no host prefill  choices that prefer the host are demoted once they decode; while others wait
+                     for GPU blocks, the newest that decodes is; and nobody is promoted meanwhile
 
 Hysteresis: a promotion leaves `PROMOTION_HORIZON_TOKENS` of growth free for every choice on the GPU
 tier, and a demotion happens only when not one block is left, so a choice cannot come back before
@@ -14,6 +16,7 @@ the GPU's choices have grown by that much or one of them has ended.
 from __future__ import annotations
 
 from gpu_service.kv.table import blocks_for
+from gpu_service.scheduling.admission import ADMISSION_HORIZON_TOKENS, fits
 from gpu_service.scheduling.plan import Migration, Tier
 from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.state import SchedulerState
@@ -65,8 +68,37 @@ def may_move(state: SchedulerState, choice: Choice) -> bool:
     return settled and target in choice.request.tiers and state.fits(target, blocks)
 
 
+def send_down(state: SchedulerState) -> list[Migration]:
+    """Where prompts are computed on the GPU tier alone: at most one demotion an iteration, of a
+    choice that decodes."""
+    if state.limits.host_prefill or not state.usable(Tier.HOST):
+        return []
+    decoding = [
+        choice
+        for choice in reversed(state.running_on(Tier.GPU))
+        if choice.is_decoding and not choice.is_ending and may_move(state, choice)
+    ]
+    for choice in decoding:
+        if choice.request.tiers[0] is Tier.HOST:
+            return [state.migrate(choice)]
+    return [state.migrate(decoding[0])] if decoding and _somebody_waits(state) else []
+
+
+def _somebody_waits(state: SchedulerState) -> bool:
+    """For GPU blocks, and for nothing else: no prompt is being computed that it would wait for."""
+    head = next(iter(state.waiting), None)
+    if head is None or len(state.running) >= state.limits.running_bound:
+        return False
+    if any(not choice.is_decoding for choice in state.running_on(Tier.GPU)):
+        return False
+    headroom = {Tier.GPU: state.growth(Tier.GPU, ADMISSION_HORIZON_TOKENS)}
+    return not fits(state, head, Tier.GPU, headroom)
+
+
 def promote(state: SchedulerState) -> list[Migration]:
     """At most one promotion an iteration, so that its copy stays short beside the sweep."""
+    if not state.limits.host_prefill and len(state.waiting):
+        return []
     for choice in state.running_on(Tier.HOST):
         # A choice that prefers the host stays there.
         nearly_done = choice.final_length - choice.length < PROMOTION_WORTH_TOKENS

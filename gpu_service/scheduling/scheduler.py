@@ -141,7 +141,7 @@ class Scheduler:
         migrations = residency.force(state, self.iterations)
         migrations += residency.grow(state)
         if not migrations and not self.limits.force_migration_every:
-            migrations += residency.promote(state)
+            migrations += residency.send_down(state) or residency.promote(state)
         batch = BatchBuilder(token_budget(state, self.costs), self.iterations)
         add_running(state, batch)
         for choice in admission.admit(state, batch):
@@ -174,10 +174,14 @@ class Scheduler:
     def may_look_ahead(self) -> bool:
         """The next iteration can be decided without the result of the one that runs.
 
-        Not so with host rows, whose results may be void; nor where the next draw is not the
-        device's own and depends on the last."""
-        return not self.state.flights and all(
-            choice.tier is Tier.GPU and not choice.request.follows_output
+        Not so with host rows, whose results may be void, unless the device itself deals with them:
+        what is under way is then left alone until it lands, and what has come to nothing is heard
+        of a sweep late. Nor where the next draw is not the device's own and depends on the last."""
+        device_deals = self.limits.cohorts > 0 and not self.limits.host_prefill
+        if self.state.flights and not device_deals:
+            return False
+        return all(
+            (choice.tier is Tier.GPU or device_deals) and not choice.request.follows_output
             for choice in self.state.running
         )
 
@@ -216,8 +220,14 @@ class Scheduler:
                 for row in batch.host_decode:
                     self._arrive(plan, row.key, Tier.HOST, 1, result, now)
         for flight in result.landed:
-            if self.state.land(flight) is not None:
+            choice = self.state.land(flight)
+            if choice is None:
+                continue
+            if flight.key in result.tokens or flight.key in result.failed:
                 self._arrive(plan, flight.key, Tier.HOST, 1, result, now)
+            else:
+                choice.pending -= 1
+                choice.computed -= 1
 
     def observe_host_sweep(self, milliseconds: float, mode: Mode) -> None:
         """How long an iteration with host decode rows took, of which a row takes as many as there

@@ -68,6 +68,10 @@ class SchedulerState:
             return (Tier.HOST, Tier.GPU)
         return (Tier.GPU, Tier.HOST)
 
+    def start_tiers(self, choice: Choice) -> tuple[Tier, ...]:
+        """Where its prompt may be computed, the preferred tier first."""
+        return choice.request.tiers if self.limits.host_prefill else (Tier.GPU,)
+
     def _host_meets(self, tpot_ms: float) -> bool:
         """Unknown counts as no: a promise that nobody has measured is not made."""
         return self.host_sweep_ms is not None and self.host_sweep_ms <= tpot_ms

@@ -295,3 +295,50 @@ def test_stalls_lost_migrations_and_outages_lose_nothing(
     machine.check_empty()
     assert not machine.refused
     check_outputs(machine, requests)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("offload", ["auto", "always"])
+@pytest.mark.parametrize("look_ahead", [False, True])
+@pytest.mark.parametrize("abort", [0.0, 0.3])
+def test_prompts_on_the_gpu_alone(seed: int, offload: str, look_ahead: bool, abort: float) -> None:
+    """As CUDA sweeps have it: choices get to the host by demotion, and decisions run ahead of what
+    is under way there."""
+    draw = random.Random(seed)
+    requests = workload(seed + 130, 24)
+    bounds = limits(
+        offload=offload, cohorts=4, cohort_rows=2, host_prefill=False, host_blocks=60, gpu_blocks=20
+    )
+    machine = Machine(Scheduler(bounds), look_ahead=look_ahead)
+    for request in requests:
+        machine.submit(request)
+    aborted = set()
+    while machine.scheduler.live_requests:
+        machine.step()
+        if draw.random() < abort:
+            victim = draw.choice(requests)
+            machine.scheduler.abort(victim.request_id, None, machine.now)
+            aborted.add(victim.request_id)
+    machine.check_empty()
+    check_outputs(machine, [r for r in requests if r.request_id not in aborted])
+    batches = [batch for plan in machine.plans for batch in plan.batches]
+    assert all(chunk.tier is Tier.GPU for batch in batches for chunk in batch.prefill)
+    assert max(len(batch.host_decode) for batch in batches) in (1, 2)
+    if look_ahead:
+        assert machine.looked_ahead > 0.9 * len(machine.plans) - 10
+
+
+def test_the_host_takes_what_the_gpu_has_no_room_for() -> None:
+    requests = [submit(f"r{i}", 24, 40) for i in range(30)]
+    bounds = limits(
+        cohorts=4, host_prefill=False, host_blocks=200, gpu_blocks=40, max_batch_tokens=64
+    )
+    offloading = Machine(Scheduler(bounds), look_ahead=True)
+    for request in requests:
+        offloading.submit(request)
+    offloading.run()
+    alone = run_all(requests, look_ahead=True, offload="never", gpu_blocks=40, max_batch_tokens=64)
+    check_outputs(offloading, requests)
+    assert offloading.now < 0.9 * alone.now
+    moves = sum(len(plan.migrations) for plan in offloading.plans)
+    assert moves < 2 * len(requests), "ping-pong"

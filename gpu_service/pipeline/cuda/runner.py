@@ -125,7 +125,7 @@ class CudaRunner:
     def _nothing(self, plan: IterationPlan, lost: frozenset[int]) -> SweepResult:
         """Of a plan without rows: the host is away, and what was under way has come to nothing."""
         landed = self._host.lose() if self._host and plan.mode is Mode.DEFERRED else ()
-        return SweepResult(void=frozenset(f.key for f in landed), lost=lost, landed=landed)
+        return SweepResult(lost=lost, landed=landed)
 
     def _queue(
         self,
@@ -363,7 +363,6 @@ class QueuedSweep:
         logprobs = self._logprobs.of_tokens(drawn)
         return SweepResult(
             tokens={k: SampledToken(t, logprobs.get(k)) for k, t in drawn.items() if t >= 0},
-            void=frozenset() if came else frozenset(flight.key for flight in landed),
             lost=self._lost,
             failed={key: NOT_FINITE for key, token in drawn.items() if token < 0},
             landed=landed,

@@ -52,6 +52,7 @@ class DenseBench:
             for name, shape in SHAPES.items()
         }
         library = CublasLt(torch.device("cuda"))
+        self.stream = library.stream
         self.plans: dict[str, LinearPlan] = {}
         self.planning_ms: dict[str, float] = {}
         for name, weights in self.weights.items():
@@ -73,12 +74,16 @@ class DenseBench:
         ]
         return [call for layer in zip(*each, strict=True) for call in layer]
 
+    def us(self, calls: list[Callable[[], None]], rounds: int = 15) -> float:
+        """Microseconds of a call."""
+        return graph_us(calls, rounds, self.stream)
 
-def sustained_us(calls: list[Callable[[], None]], seconds: float) -> float:
-    """Microseconds of a call, once the same calls have run for a while."""
-    rounds = max(1, int(seconds * 1e6 / (graph_us(calls, 3) * len(calls))))
-    graph_us(calls, rounds)
-    return graph_us(calls, rounds // 4)
+    def sustained_us(self, rows: int, planned: bool, seconds: float) -> float:
+        """Microseconds of a layer, once layers have run for a while."""
+        calls = self.layers(rows, planned)
+        rounds = max(4, int(seconds * 1e6 / (self.us(calls) * len(calls))))
+        self.us(calls, rounds)
+        return len(LAYER) * self.us(calls, rounds // 4)
 
 
 def main() -> None:
@@ -94,8 +99,8 @@ def main() -> None:
     for count in rows:
         for name, shape in SHAPES.items():
             floor = floor_us(count, *shape)
-            theirs = graph_us(bench.calls(name, count, torch_linear), 15)
-            ours = graph_us(bench.calls(name, count, bench.plans[name]), 15)
+            theirs = bench.us(bench.calls(name, count, torch_linear))
+            ours = bench.us(bench.calls(name, count, bench.plans[name]))
             operations, size = 2 * count * shape[0] * shape[1], 2 * shape[0] * shape[1]
             print(
                 f"{count:4d} rows {name:8s} {ours:7.1f} us {size / ours / 1e6:5.2f} TB/s "
@@ -106,8 +111,7 @@ def main() -> None:
             lines.append({"rows": count, "case": name, "us": ours, "torch_us": theirs})
         if args.sustained:
             theirs, ours = (
-                4 * sustained_us(bench.layers(count, planned), args.sustained)
-                for planned in (False, True)
+                bench.sustained_us(count, planned, args.sustained) for planned in (False, True)
             )
             print(f"{count:4d} rows, a layer for long: {ours:.1f} us  torch {theirs:.1f} us")
             lines.append({"rows": count, "case": "sustained", "us": ours, "torch_us": theirs})

@@ -50,6 +50,8 @@ class CublasLt:
         self._library = ctypes.CDLL(f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}")
         self.handle = self.create("cublasLtCreate", "cublasLtDestroy")
         self.workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.stream = torch.cuda.Stream(device)
+        """For measuring. torch keeps a workspace for every stream on which it ever multiplied."""
 
     def call(self, name: str, *arguments: object) -> None:
         """Raises RuntimeError unless the library returns 0."""

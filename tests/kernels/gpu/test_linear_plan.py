@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,13 +52,13 @@ class FakeProduct:
 def chosen(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> str:
     """Whose way is taken for 3 rows. A way takes the time that its name has in `times`."""
 
-    def graph_us(calls: list[partial[None]], rounds: int) -> float:
+    def graph_us(calls: list[partial[None]], *_: object) -> float:
         return times["torch" if calls[0].func is torch_linear else calls[0].args[0]]
 
     monkeypatch.setattr(FakeProduct, "times", times, raising=False)
     monkeypatch.setattr(linear_plan, "LtProduct", FakeProduct)
     monkeypatch.setattr(linear_plan, "graph_us", graph_us)
-    library: Any = None
+    library: Any = SimpleNamespace(stream=None)
     plan = plan_linear(library, [torch.zeros(16, 8)], None, [3, 3])
     if not plan.rows:
         return "torch"
@@ -113,6 +114,14 @@ def test_an_algorithm_has_the_librarys_layout() -> None:
     assert ctypes.sizeof(Algorithm) == 96
     assert Algorithm.workspace_bytes.offset == 64
     assert Algorithm.state.offset == 72
+
+
+def test_a_failure_of_the_library_is_an_error() -> None:
+    library = CublasLt.__new__(CublasLt)
+    library._library = SimpleNamespace(good=lambda *_: 0, bad=lambda *_: 7)  # type: ignore[assignment]
+    library.call("good", 1, 2)
+    with pytest.raises(RuntimeError, match="bad returned 7"):
+        library.call("bad", 1, 2)
 
 
 def case(name: str, dtype: torch.dtype, biased: bool) -> tuple[torch.Tensor, ...]:
@@ -230,5 +239,3 @@ class TestOnDevice:
                 None,
                 out,
             )
-        with pytest.raises(RuntimeError, match="cublasLtMatmulAlgoGetHeuristic"):
-            LtProduct(library, 0, weight, None).algorithms()

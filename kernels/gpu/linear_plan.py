@@ -4,6 +4,8 @@ cuBLASLt that was measured to be faster.
 docs/perf-log.md, "Dense layers": on an H100 most is saved where inputs are many (down projection,
 up to 15%) and by the head (6%). Above 256 rows the card's power limit leaves nothing of it. A
 stream-K kernel in Triton was slower for every shape.
+
+Each algorithm always gives the same bits, but near ties may be decided otherwise at the next start.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The kernel's tests again on other builds: with checks of addresses, undefined behaviour and data
-races, and with AMX tiles in plain C++."""
+races, with AMX tiles in plain C++, and for Arm under emulation."""
 
 from __future__ import annotations
 
@@ -109,3 +109,28 @@ def test_loops_over_amx_tiles_are_right(tmp_path: Path) -> None:
     done = _run_tests(tmp_path, "amx or tiles", os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["scalar", "neon"])
+def test_arm_computes_the_same(tmp_path: Path, isa: str) -> None:
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    sources = ROOT / "kernels/cpu/csrc"
+    names = ("attention", "attention_plan", "isa", "kv_pool", "thread_pool")
+    subprocess.run(
+        [compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-pthread",
+         f"-I{sources}", *(sources / f"{name}.cpp" for name in names),
+         sources / "strip_scalar.cpp", sources / "strip_neon.cpp",
+         ROOT / "tests/kernels/attention_selftest.cpp", "-o", tmp_path / "selftest"],
+        check=True,
+    )  # fmt: skip
+    done = subprocess.run(
+        [emulator, tmp_path / "selftest"],
+        env=os.environ | {"NEO_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == f"{isa}: 0 wrong\n", done.stderr

@@ -11,7 +11,7 @@
 namespace neo {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx};
+constexpr Isa kAll[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx, Isa::kNeon};
 
 #if defined(__x86_64__)
 // Tiles need the kernel's leave, which it gives to a process and all of its threads (Linux 5.16, x86/xstate.rst).
@@ -46,8 +46,12 @@ bool has(Isa isa) {
       return dots;
     case Isa::kAmx:
       return dots && has_tiles();
+    case Isa::kNeon:
+      return false;
   }
   return false;
+#elif defined(__aarch64__)
+  return isa == Isa::kScalar || isa == Isa::kNeon;  // every 64-bit Arm CPU that runs Linux has it
 #else
   return isa == Isa::kScalar;
 #endif
@@ -71,6 +75,8 @@ const char* isa_name(Isa isa) {
       return "avx512bf16";
     case Isa::kAmx:
       return "amx";
+    case Isa::kNeon:
+      return "neon";
   }
   return "unknown";
 }
@@ -118,6 +124,10 @@ Loop best_loop(IsaChoice choice, DType kv, DType activation, int32_t group) {
   }
   if (choice.isa >= Isa::kAvx2) {
     return {avx2_strip(kv, activation), Isa::kAvx2};
+  }
+#elif defined(__aarch64__)
+  if (choice.isa == Isa::kNeon) {
+    return {neon_strip(kv, activation), Isa::kNeon};
   }
 #endif
   (void)choice;

@@ -8,7 +8,7 @@
 
 namespace neo {
 
-enum class Isa : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+enum class Isa : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kNeon };
 
 const char* isa_name(Isa isa);
 

@@ -95,5 +95,6 @@ StripKernel avx2_strip(DType kv, DType activation);
 StripKernel avx512_strip(DType kv, DType activation);
 StripKernel avx512bf16_strip(DType kv, DType activation);
 StripKernel amx_strip(DType kv, DType activation);
+StripKernel neon_strip(DType kv, DType activation);
 
 }  // namespace neo

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from gpu_service.model.fp8 import Fp8Linear, Fp8Rows, quantise_weight
-from gpu_service.model.model import load_model
 from tests.support.engine import config, greedy, real_core, run
 from tests.support.fp8 import fake_quantised, fp8_reference
 from tests.support.models import FAMILIES, tiny_model_dir
@@ -73,9 +72,3 @@ def test_tokens(family: str, max_batch_tokens: int, tmp_path: Path) -> None:
         [answers.tokens[f"r{i}", 0] for i in range(len(LENGTHS))],
         [answers.logprobs[f"r{i}", 0] for i in range(len(LENGTHS))],
     )
-
-
-def test_other_dtypes_are_refused(tmp_path: Path) -> None:
-    directory = tiny_model_dir(tmp_path, "llama", head_dim=16)
-    with pytest.raises(ValueError, match="need dtype bfloat16"):
-        load_model(directory, dtype="float16", quantization="fp8", device="cuda")

@@ -271,3 +271,17 @@ def test_bytes(plain: Path) -> None:
         layer = name.endswith("_proj.weight")
         expected += tensor.numel() + 4 * tensor.shape[0] if layer else 2 * tensor.numel()
     assert calls[-1][1:] == (expected, expected)
+
+
+def test_other_dtypes_are_refused_on_cuda(plain: Path) -> None:
+    with pytest.raises(ValueError, match=r"need dtype bfloat16, not torch\.float16"):
+        load_model(plain, dtype="float16", quantization="fp8", device="cuda")
+
+
+def test_weights_that_do_not_fit(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is read, with the bytes of both kinds."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 << 10, 80 << 30))
+    with pytest.raises(ValueError, match=r"weights take .* GiB free; with quantization fp8 they"):
+        load_model(plain, device="cuda")
+    with pytest.raises(ValueError, match=r"weights take .* GiB free$"):
+        load_model(plain, dtype="bfloat16", device="cuda", quantization="fp8")

@@ -17,9 +17,9 @@ using namespace neo;
 
 constexpr int32_t kHeads = 6;
 constexpr int32_t kKvHeads = 2;
-constexpr int32_t kLengths[] = {1, 16, 17, 63, 64, 65, 200, 700};
+constexpr int32_t kLengths[] = {1, 16, 17, 63, 64, 65, 200, 1100};
 constexpr int32_t kRows = std::size(kLengths);
-constexpr int32_t kStride = (700 + 15) / 16;
+constexpr int32_t kStride = (1100 + 15) / 16;
 
 struct Sequences {
   Sequences(DType dtype, int32_t head_dim) : dim(head_dim), layout{1, kKvHeads, head_dim, 16, dtype} {
@@ -31,7 +31,7 @@ struct Sequences {
     pool.emplace(layout, kRows * kStride, std::span(first, layout.piece_bytes() * kRows * kStride));
     const PieceShape shape(layout);
     for (int32_t i = 0; i < kRows * kStride; ++i) {
-      tables.push_back((i * 7 + 3) % (kRows * kStride));  // 344 is no multiple of 7: a permutation
+      tables.push_back((i * 7 + 3) % (kRows * kStride));  // 552 is no multiple of 7: a permutation
     }
     q.resize(kRows * kHeads * dim);
     for (float& x : q) {

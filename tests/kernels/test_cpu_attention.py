@@ -27,8 +27,8 @@ CASES = {
     "window": Case((5, 40, 41, 100, 200), 4, 2, 64, 16, window=40),
     "softcap": Case((20, 90), 4, 2, 64, 16, softcap=20.0, spread=4.0),
     "large scores": Case((20, 90, 300), 4, 2, 64, 16, spread=30.0),
-    "several chunks": Case((1400, 513, 512), 4, 2, 64, 16),
-    "several chunks, window": Case((1400, 900), 4, 2, 64, 32, window=777),
+    "several chunks": Case((2100, 1025, 1024), 4, 2, 64, 16),
+    "several chunks, window": Case((2400, 1900), 4, 2, 64, 32, window=1777),
 }
 
 
@@ -66,7 +66,7 @@ def test_tiles_are_used_where_they_were_faster(
 
 
 def test_results_do_not_depend_on_threads(isa: str) -> None:
-    sequences = Sequences(Case((2000, 700, 90), 8, 4, 64, kv=BF16, activation=BF16))
+    sequences = Sequences(Case((3000, 1100, 90), 8, 4, 64, kv=BF16, activation=BF16))
     with ThreadPool(1) as threads:
         out, lse = sequences.attend(threads)
     for count in (2, 3, 5):
@@ -78,7 +78,7 @@ def test_results_do_not_depend_on_threads(isa: str) -> None:
 
 
 def test_a_row_does_not_depend_on_the_rest_of_the_batch() -> None:
-    sequences = Sequences(Case((1300, 40, 700), kv=BF16, activation=BF16))
+    sequences = Sequences(Case((2300, 40, 1100), kv=BF16, activation=BF16))
     with ThreadPool(2) as threads:
         out, _ = sequences.attend(threads)
         for row in range(3):
@@ -102,7 +102,7 @@ def test_appending_twice_changes_nothing() -> None:
 
 
 def test_two_pools_at_once() -> None:
-    cases = [Sequences(Case((900, 33), kv=kv, activation=F32)) for kv in (F32, INT8)]
+    cases = [Sequences(Case((1900, 33), kv=kv, activation=F32)) for kv in (F32, INT8)]
 
     def many(sequences: Sequences) -> None:
         with ThreadPool(2) as threads:

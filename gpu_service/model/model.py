@@ -34,6 +34,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_FP8_CAPABILITY = (8, 9)
 # Reading is bound by the disk or by dequantising; each thread holds one layer's fp32 copy.
 _LOAD_THREADS = 4
 
@@ -161,6 +162,11 @@ def _check_fp8(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Non
     if device.type == "cuda" and dtype != torch.bfloat16:
         raise ValueError(
             f"quantization: fp8 weights on a CUDA device need dtype bfloat16, not {dtype}"
+        )
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise ValueError(
+            f"quantization: {torch.cuda.get_device_name(device)} cannot multiply fp8 weights; "
+            "devices of compute capability 8.9 and more can"
         )
     sizes = {
         "hidden_size": spec.hidden_size,

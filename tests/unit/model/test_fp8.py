@@ -281,7 +281,15 @@ def test_other_dtypes_are_refused_on_cuda(plain: Path) -> None:
 def test_weights_that_do_not_fit(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told before anything is read, with the bytes of both kinds."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (64 << 10, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with pytest.raises(ValueError, match=r"weights take .* GiB free; with quantization fp8 they"):
         load_model(plain, device="cuda")
     with pytest.raises(ValueError, match=r"weights take .* GiB free$"):
+        load_model(plain, dtype="bfloat16", device="cuda", quantization="fp8")
+
+
+def test_older_devices_are_refused(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    with pytest.raises(ValueError, match="Some GPU cannot multiply fp8 weights"):
         load_model(plain, dtype="bfloat16", device="cuda", quantization="fp8")

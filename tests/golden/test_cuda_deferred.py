@@ -3,6 +3,7 @@ rows leave and come back from within sweeps, and tokens are those of `transforme
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,21 @@ import pytest
 
 pytest.importorskip("triton")
 from gpu_service.engine.core import EngineCore
-from gpu_service.engine.messages import Submit
+from gpu_service.engine.messages import Abort, Submit
 from gpu_service.model.model import load_model
-from gpu_service.scheduling.plan import Mode
-from tests.support.engine import config, greedy, run, triton_core
+from gpu_service.offload.host_tier import HostTierState
+from gpu_service.scheduling.plan import IterationPlan, Mode
+from kernels.gpu import host_exchange
+from tests.support.engine import (
+    Answers,
+    check_empty,
+    config,
+    greedy,
+    local_core,
+    run,
+    step,
+    triton_core,
+)
 from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
 from tests.support.offload import cpu_service
 from tests.support.stack import Service
@@ -51,10 +63,14 @@ def deferred(directory: Path, service: Service, **changes: Any) -> Iterator[Engi
         offload="auto",
         offload_mode="deferred",
         cpu_services=(service.address,),
-        host_kv_gib=0.01,
         max_running_requests=8,
         sweep_deadline_ms=30_000,
-        **{"force_migration_every": 3, "max_batch_tokens": 24, **changes},
+        **{
+            "force_migration_every": 3,
+            "max_batch_tokens": 24,
+            "host_kv_gib": 0.01,
+            **changes,
+        },
     )
     core = triton_core(made, load_model(directory, dtype="float32"))
     try:
@@ -82,3 +98,99 @@ def test_tokens_are_those_of_transformers(
         assert answers.tokens[f"r{i}", 0] == greedy_tokens(reference, prompt, OUTPUT)
     assert sum(usage.host_tokens for usage in answers.usages.values()) > 0
     assert Mode.DEFERRED in modes
+
+
+def test_a_short_gpu_pool_sends_choices_down(
+    directories: dict[str, Path], service: Service
+) -> None:
+    """Prompts are computed on the GPU tier, whose newest choice makes room; sweeps are decided
+    ahead of what is under way."""
+    asked = [greedy(f"r{i}", [3 + (7 * i + k) % 250 for k in range(20)], 5) for i in range(3)]
+    with deferred(directories["llama"], service, gpu_kv_blocks=4, force_migration_every=0) as core:
+        ahead: list[bool] = []
+        schedule = core.scheduler.schedule
+
+        def deciding(now: float) -> IterationPlan:
+            ahead.append(bool(core.scheduler.state.flights) and core._flight is not None)
+            return schedule(now)
+
+        core.scheduler.schedule = deciding  # type: ignore[method-assign]
+        answers = run(core, asked)
+        check_empty(core)
+    reference = reference_model(directories["llama"])
+    for request in asked:
+        expected = greedy_tokens(reference, request.prompt_token_ids, 5)
+        assert answers.tokens[request.request_id, 0] == expected
+    assert sum(usage.host_tokens for usage in answers.usages.values()) > 0
+    assert sum(ahead) > 5
+
+
+def test_aborts_and_draws_under_way(directories: dict[str, Path], service: Service) -> None:
+    """Blocks of an aborted row are used again only when it has landed; host rows draw on the device
+    as others do."""
+    sampling = {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.3, "logprobs": 2}
+    kept = requests(**sampling)
+    with deferred(directories["llama"], service, host_kv_gib=0.0002) as core:
+        answers = Answers()
+        for request in (*kept, greedy("gone", [5] * 25, 30)):
+            core.handle(request)
+        while not core.scheduler.state.flights or ("gone", 0) not in answers.tokens:
+            step(core, answers)
+        core.handle(Abort("gone"))
+        while core.scheduler.live_requests or core.scheduler.state.flights:
+            step(core, answers)
+            core.scheduler.state.check_integrity()
+        check_empty(core)
+    plain = config(directories["llama"], offload="never")
+    expected = run(local_core(plain, load_model(directories["llama"], dtype="float32")), kept)
+    for request in kept:
+        key = (request.request_id, 0)
+        assert answers.tokens[key] == expected.tokens[key]
+        assert [x.token_id for x in answers.logprobs[key]] == expected.tokens[key]
+
+
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
+def test_a_host_that_goes_away_under_way(
+    directories: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals,
+) -> None:
+    """The device's waits end, nobody else waits, and the tokens are right in the end."""
+    monkeypatch.setattr(host_exchange, "_MOST_POLLS", 2_000)
+    hosts = [
+        greedy(f"h{i}", prompt, 5, placement="cpu_preferred")
+        for i, prompt in enumerate(prompts()[:2])
+    ]
+    with (
+        cpu_service(tmp_path) as service,
+        deferred(directories["llama"], service, force_migration_every=0) as core,
+    ):
+        answers = Answers()
+        core.handle(greedy("gpu", [7] * 12, 30))
+        for request in hosts:
+            core.handle(request)
+        while sum(len(tokens) for (name, _), tokens in answers.tokens.items() if name != "gpu") < 3:
+            step(core, answers)
+        service.signal(how)
+        said = len(answers.tokens["gpu", 0])
+        while core.host.state is HostTierState.UP:
+            step(core, answers)
+        for _ in range(3):
+            step(core, answers)
+        assert len(answers.tokens["gpu", 0]) >= said + 3
+        if how is signal.SIGKILL:
+            service.wait_exit()
+            service.start()
+        else:
+            service.signal(signal.SIGCONT)
+        while core.scheduler.live_requests or core.scheduler.state.flights:
+            step(core, answers)
+        check_empty(core)
+    reference = reference_model(directories["llama"])
+    for request in hosts:
+        expected = greedy_tokens(reference, request.prompt_token_ids, 5)
+        assert answers.tokens[request.request_id, 0] == expected
+        assert answers.usages[request.request_id].recomputations == 0

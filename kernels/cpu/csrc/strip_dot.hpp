@@ -90,18 +90,23 @@ struct Int8Operands {
     float unit;
 
     void start(const Strip& strip) {
-      load_v_scales(strip, factor);
-      float largest = 0.0F;
-      float poison = 0.0F;
-      for (const float scale : factor) {
-        largest = scale > largest ? scale : largest;
-        poison += scale * 0.0F;
+      prefetch_scales(strip);
+      const uint64_t attended = (~uint64_t{0} >> (64 - strip.end)) & (~uint64_t{0} << strip.begin);
+      __m512 scales[kStripTiles];
+      __m512 largest = _mm512_setzero_ps();
+      __m512 poison = _mm512_setzero_ps();
+      for (int32_t t = 0; t < kStripTiles; ++t) {
+        const auto mask = static_cast<__mmask16>(attended >> (16 * t));
+        scales[t] = _mm512_maskz_loadu_ps(mask, strip.tiles[t].v_scale);
+        largest = _mm512_max_ps(largest, scales[t]);
+        poison = _mm512_fmadd_ps(scales[t], _mm512_setzero_ps(), poison);
       }
-      const float inverse = largest > 0.0F ? 65280.0F / largest : 0.0F;
-      for (float& scale : factor) {
-        scale *= inverse;
+      const float bound = _mm512_reduce_max_ps(largest);
+      const __m512 inverse = _mm512_set1_ps(bound > 0.0F ? 65280.0F / bound : 0.0F);
+      for (int32_t t = 0; t < kStripTiles; ++t) {
+        _mm512_store_ps(factor + 16 * t, _mm512_mul_ps(scales[t], inverse));
       }
-      unit = largest / 65280.0F + poison;  // a NaN scale has to show
+      unit = bound / 65280.0F + _mm512_reduce_add_ps(poison);  // a NaN scale has to show
     }
   };
 

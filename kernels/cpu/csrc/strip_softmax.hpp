@@ -70,12 +70,16 @@ inline void weigh_head(HeadState& state, const Strip& strip, int32_t g, float* r
   sum.store(state.sum[g]);
 }
 
-// The tokens' V scales; exactly 0 outside of [begin, end), whatever is stored there.
-inline void load_v_scales(const Strip& strip, float* scales) {
+inline void prefetch_scales(const Strip& strip) {
   for (const Tile& tile : strip.next) {
     __builtin_prefetch(tile.k_scale, 0, 2);
     __builtin_prefetch(tile.v_scale, 0, 2);
   }
+}
+
+// The tokens' V scales; exactly 0 outside of [begin, end), whatever is stored there.
+inline void load_v_scales(const Strip& strip, float* scales) {
+  prefetch_scales(strip);
   for (int32_t t = 0; t < kStripTokens; ++t) {
     scales[t] = t >= strip.begin && t < strip.end ? strip.tiles[t / 16].v_scale[t % 16] : 0.0F;
   }

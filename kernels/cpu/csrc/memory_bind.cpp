@@ -88,19 +88,17 @@ uint64_t read_regions(ThreadPool& threads, std::uintptr_t address, std::size_t r
     };
     uint64_t sum = 0;
     for (int64_t i = item / regions * kBlocks; i < end; i += kAbreast) {
-      for (int64_t which = 0; which < 2; ++which) {
-        const uint64_t* words[kAbreast];
-        const uint64_t* next[kAbreast];
-        for (int64_t t = 0; t < kAbreast; ++t) {
-          words[t] = half(i + t, which);
-          next[t] = half(i + kAbreast + t, which);
-        }
-        for (std::size_t line = 0; line < half_words; line += 8) {
-          for (int64_t t = 0; t < kAbreast; ++t) {
-            __builtin_prefetch(next[t] + line, 0, 2);
-            for (std::size_t j = 0; j < 8; ++j) {
-              sum += words[t][line + j];
-            }
+      const uint64_t* words[2 * kAbreast];
+      const uint64_t* next[2 * kAbreast];
+      for (int64_t t = 0; t < 2 * kAbreast; ++t) {
+        words[t] = half(i + t % kAbreast, t / kAbreast);
+        next[t] = half(i + kAbreast + t % kAbreast, t / kAbreast);
+      }
+      for (std::size_t line = 0; line < half_words; line += 8) {
+        for (int64_t t = 0; t < 2 * kAbreast; ++t) {
+          __builtin_prefetch(next[t] + line, 0, 2);
+          for (std::size_t j = 0; j < 8; ++j) {
+            sum += words[t][line + j];
           }
         }
       }

@@ -58,10 +58,14 @@ struct Fetch {
   int32_t at = 0;                // lines
   int32_t end;
 
-  Fetch(const Strip& strip, int32_t tile_bytes) : end(tile_bytes / 64 * kRuns) {
+  Fetch(const Strip& strip, int32_t tile_bytes) {
+    // Of a single tile each run is a quarter.
+    const bool single = strip.next[0].k == strip.next[1].k;
+    const int32_t step = single ? tile_bytes / kStripTiles : 0;
+    end = (single ? step : tile_bytes) / 64 * kRuns;
     for (int32_t t = 0; t < kStripTiles; ++t) {
-      runs[t] = strip.next[t].k;
-      runs[kStripTiles + t] = strip.next[t].v;
+      runs[t] = strip.next[t].k + t * step;
+      runs[kStripTiles + t] = strip.next[t].v + t * step;
     }
   }
   // `at` has to be a multiple of `lines`, a power of two. `locality` as of __builtin_prefetch: 2 is the second-level

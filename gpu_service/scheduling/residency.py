@@ -64,8 +64,13 @@ def may_move(state: SchedulerState, choice: Choice) -> bool:
     assert choice.tier is not None
     target = choice.tier.other
     blocks = blocks_for(choice.length, state.limits.block_tokens)
-    settled = state.host_up and choice.flight is None
-    return settled and target in choice.request.tiers and state.fits(target, blocks)
+    return target in choice.request.tiers and _settled(state, choice) and state.fits(target, blocks)
+
+
+def _settled(state: SchedulerState, choice: Choice) -> bool:
+    """It can change its tier now: no row of it is under way, and on the host it could go on."""
+    goes_on = state.limits.host_prefill or choice.tier is Tier.HOST or choice.is_decoding
+    return state.host_up and choice.flight is None and goes_on
 
 
 def send_down(state: SchedulerState) -> list[Migration]:
@@ -126,7 +131,7 @@ def force(state: SchedulerState, iteration: int) -> list[Migration]:
         allowed = choice.request.submit.placement != "gpu_only"
         target = choice.tier.other if choice.tier else Tier.GPU
         blocks = blocks_for(choice.length, state.limits.block_tokens)
-        settled = state.host_up and choice.flight is None
-        if allowed and choice.computed and settled and state.fits(target, blocks):
+        settled = choice.computed and _settled(state, choice)
+        if allowed and settled and state.fits(target, blocks):
             return [state.migrate(choice)]
     return []

@@ -307,7 +307,13 @@ def test_prompts_on_the_gpu_alone(seed: int, offload: str, look_ahead: bool, abo
     draw = random.Random(seed)
     requests = workload(seed + 130, 24)
     bounds = limits(
-        offload=offload, cohorts=4, cohort_rows=2, host_prefill=False, host_blocks=60, gpu_blocks=20
+        offload=offload,
+        cohorts=4,
+        cohort_rows=2,
+        host_prefill=False,
+        host_blocks=60,
+        gpu_blocks=20,
+        force_migration_every=draw.choice((0, 1, 3)),
     )
     machine = Machine(Scheduler(bounds), look_ahead=look_ahead)
     for request in requests:

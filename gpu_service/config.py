@@ -48,7 +48,8 @@ class GpuServiceConfig:
     offload_mode: str = "inline"
     """`inline`: the host tier's attention is waited for in each layer. `deferred`: it has until the
     next iteration, so that a token takes as many as there are layers; needs `offload_transport`
-    `shm`."""
+    `shm`. `asymmetric`: two sub-batches take turns with the device, each waited for while the other
+    computes; needs `device` `cpu`."""
     cpu_services: tuple[str, ...] = ()
     """gRPC addresses of the cpu_services, one per NUMA node; empty means no host tier."""
     offload_transport: str = "shm"
@@ -115,7 +116,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "quantization": ("auto", "fp8"),
     "block_tokens": (16, 32, 64),
     "offload": ("never", "auto", "always"),
-    "offload_mode": ("inline", "deferred"),
+    "offload_mode": ("inline", "deferred", "asymmetric"),
     "offload_transport": ("shm", "grpc"),
     "host_kv_dtype": ("auto", "float32", "bfloat16", "float16", "int8"),
 }

@@ -50,6 +50,8 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
     """
     config.validate()
     device = resolve_device(config.device)
+    if config.offload_mode == "asymmetric" and device.type != "cpu":
+        raise ValueError(f"offload_mode asymmetric needs device cpu, which is {device.type}")
     batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     config = replace(config, max_batch_tokens=batch_tokens)
     spec = read_spec(config.model)
@@ -124,6 +126,7 @@ def assemble(
             eos_token_ids=frozenset(spec.eos_token_ids),
             lease_seconds=config.lease_seconds,
             cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
+            asymmetric=config.offload_mode == "asymmetric",
             cohort_rows=sweeps.table.host if sweeps is not None else 0,
             host_prefill=sweeps is None or not sweeps.table.host,
             force_migration_every=config.force_migration_every,

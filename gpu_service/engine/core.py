@@ -160,7 +160,7 @@ class EngineCore:
         hosts = {flight.key for flight in result.landed}
         for batch in plan.batches:
             hosts.update(row.key for row in batch.prefill if row.tier is Tier.HOST)
-            if plan.mode is Mode.INLINE:
+            if plan.mode is not Mode.DEFERRED:
                 hosts.update(row.key for row in batch.host_decode)
         on_host = sum(key in hosts for key in result.tokens)
         self._tokens[Tier.HOST] += on_host

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from gpu_service.engine.messages import TokenLogprob
 from gpu_service.model.sampling import Sampler, SamplingRow
 from gpu_service.offload.host_tier import HostTierStalled
+from gpu_service.pipeline.asymmetric import run_asymmetric
 from gpu_service.pipeline.batch import DeviceBatch, device_batch
 from gpu_service.pipeline.deferred import DeferredSweeps
 from gpu_service.pipeline.inline import run_inline
@@ -77,29 +78,44 @@ class PlanRunner:
     def _sweep(
         self, plan: IterationPlan, sampling: Mapping[int, SamplingRow], lost: frozenset[int]
     ) -> SweepResult:
-        (batch,) = plan.batches or (SubBatch(),)
-        size, device = self._parts.geometry.block_tokens, self._parts.model.device
-        on_device = device_batch(batch, size, device)
-        if plan.mode is Mode.DEFERRED:
-            outcome = self._deferred.run(on_device, plan.number)
-        elif plan.batches:
-            outcome = run_inline(self._parts, on_device)
-        else:
+        if not plan.batches and plan.mode is not Mode.DEFERRED:
             return SweepResult(lost=lost)
-        skip = outcome.void | lost
-        rows = _sampled_rows(plan.mode, batch, on_device, outcome)
-        chosen = {key: row for key, row in rows.items() if key not in skip and key in sampling}
-        tokens, failed = self._sample(chosen, outcome.state, sampling)
+        batches = plan.batches or (SubBatch(),)
+        size, device = self._parts.geometry.block_tokens, self._parts.model.device
+        on_device = [device_batch(batch, size, device) for batch in batches]
+        outcomes = self._run_lanes(plan, on_device)
+        void = frozenset[int]().union(*(outcome.void for outcome in outcomes))
+        skip = void | lost
+        # One pass over the output layer's weights for all lanes.
+        state = torch.cat([outcome.state for outcome in outcomes])
+        start = 0
+        chosen: dict[int, int] = {}
         logprobs: dict[int, list[TokenLogprob]] = {}
-        self._prompt_logprobs(batch, on_device, outcome.state, sampling, skip, logprobs)
+        for batch, placed, outcome in zip(batches, on_device, outcomes, strict=True):
+            for key, row in _sampled_rows(plan.mode, batch, placed, outcome).items():
+                if key in sampling and key not in skip:
+                    chosen[key] = start + row
+            self._prompt_logprobs(batch, placed, outcome.state, sampling, skip, logprobs)
+            start += len(outcome.state)
+        tokens, failed = self._sample(chosen, state, sampling)
         return SweepResult(
             tokens=tokens,
-            void=outcome.void,
+            void=void,
             lost=lost,
             failed=failed,
-            landed=outcome.finished + outcome.grounded,
+            landed=sum((o.finished + o.grounded for o in outcomes), ()),
             prompt_logprobs=logprobs,
         )
+
+    def _run_lanes(
+        self, plan: IterationPlan, batches: Sequence[DeviceBatch]
+    ) -> Sequence[LaneOutcome]:
+        if plan.mode is Mode.ASYMMETRIC:
+            return run_asymmetric(self._parts, batches)
+        (batch,) = batches
+        if plan.mode is Mode.DEFERRED:
+            return [self._deferred.run(batch, plan.number)]
+        return [run_inline(self._parts, batch)]
 
     def _sample(
         self, chosen: Mapping[int, int], state: torch.Tensor, sampling: Mapping[int, SamplingRow]
@@ -149,7 +165,7 @@ def _sampled_rows(
     chunks = zip(batch.prefill, on_device.chunks, strict=True)
     found = {row.key: chunk.rows.stop - 1 for row, chunk in chunks if row.samples}
     decode = [*batch.gpu_decode]
-    if mode is Mode.INLINE:
+    if mode is not Mode.DEFERRED:
         decode.extend(batch.host_decode)
     first = on_device.gpu_rows.start
     found.update((row.key, place) for place, row in enumerate(decode, first))

@@ -32,6 +32,8 @@ class SchedulerLimits:
     """Sweeps that a host row takes in deferred mode; 0: it takes one, and deferred mode is off."""
     cohort_rows: int = 0
     """Host rows that may start in one sweep; 0: any number."""
+    asymmetric: bool = False
+    """Host decode rows are split over two sub-batches, which take turns with the device."""
     host_prefill: bool = True
     """Prompts may be computed for the host tier. Else every choice starts on the GPU tier, and is
     demoted once it decodes."""

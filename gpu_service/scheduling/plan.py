@@ -37,10 +37,13 @@ class Mode(enum.Enum):
 
     INLINE: one sub-batch; every layer waits for its own host rows (none of them: a plain GPU-only
     sweep).
+    ASYMMETRIC: two sub-batches, the second of host rows alone; while one is in the dense layers,
+    the host attends for the other.
     DEFERRED: one sub-batch; host rows go on by one layer a sweep, and their attention has until the
     next one. The plan's host rows are those that start."""
 
     INLINE = "inline"
+    ASYMMETRIC = "asymmetric"
     DEFERRED = "deferred"
 
 
@@ -141,12 +144,12 @@ class IterationPlan:
     mode: Mode
     migrations: tuple[Migration, ...]
     batches: tuple[SubBatch, ...]
-    """Lane i of the host tier serves `batches[i]`. INLINE and DEFERRED have at most one."""
+    """Lane i of the host tier serves `batches[i]`. ASYMMETRIC has two, others at most one."""
 
     @property
     def is_empty(self) -> bool:
         """A deferred sweep without rows of its own moves those on that are under way."""
-        return not self.migrations and not self.batches and self.mode is Mode.INLINE
+        return not self.migrations and not self.batches and self.mode is not Mode.DEFERRED
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import itertools
 
 from gpu_service.engine.messages import Submit, TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
-from gpu_service.scheduling import admission, residency
+from gpu_service.scheduling import admission, balance, residency
 from gpu_service.scheduling.batching import BatchBuilder, add_running
 from gpu_service.scheduling.budget import token_budget
 from gpu_service.scheduling.costs import SweepCosts
@@ -150,10 +150,14 @@ class Scheduler:
             if request.first_planned is None:
                 request.first_planned = now
         batches = batch.build()
-        defer = state.flights or (self.limits.cohorts and any(b.host_decode for b in batches))
+        if self.limits.asymmetric:
+            batches = tuple(part for whole in batches for part in balance.split(whole))
+        mode = Mode.ASYMMETRIC if len(batches) == 2 else Mode.INLINE
+        if state.flights or (self.limits.cohorts and any(b.host_decode for b in batches)):
+            mode = Mode.DEFERRED
         return IterationPlan(
             number=self.iterations,
-            mode=Mode.DEFERRED if defer else Mode.INLINE,
+            mode=mode,
             migrations=self._still_valid(migrations),
             batches=batches,
         )
@@ -216,7 +220,7 @@ class Scheduler:
                 self._arrive(plan, chunk.key, chunk.tier, len(chunk.token_ids), result, now)
             for row in batch.gpu_decode:
                 self._arrive(plan, row.key, Tier.GPU, 1, result, now)
-            if plan.mode is Mode.INLINE:
+            if plan.mode is not Mode.DEFERRED:
                 for row in batch.host_decode:
                     self._arrive(plan, row.key, Tier.HOST, 1, result, now)
         for flight in result.landed:

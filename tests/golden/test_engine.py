@@ -15,6 +15,7 @@ import torch
 
 from gpu_service.engine.messages import Submit, TokenLogprob
 from gpu_service.model.model import CausalLM, load_model
+from gpu_service.scheduling.plan import Mode
 from tests.support.engine import config, greedy, local_core, real_core, run
 from tests.support.models import FAMILIES, VARIANTS, greedy_tokens, reference_model, tiny_model_dir
 from tests.support.numerics import check_teacher_forced
@@ -78,6 +79,24 @@ HOW = {
         "offload_mode": "deferred",
         "force_migration_every": 1,
     },
+    "always-asymmetric": {"offload": "always", "offload_mode": "asymmetric"},
+    "small-gpu-pool-asymmetric": {
+        "offload": "auto",
+        "offload_mode": "asymmetric",
+        "gpu_kv_blocks": 8,
+        "max_batch_tokens": 7,
+    },
+    "forced-1-asymmetric": {
+        "offload": "auto",
+        "offload_mode": "asymmetric",
+        "force_migration_every": 1,
+    },
+    "forced-3-chunked-asymmetric": {
+        "offload": "auto",
+        "offload_mode": "asymmetric",
+        "force_migration_every": 3,
+        "max_batch_tokens": 9,
+    },
 }
 
 
@@ -90,6 +109,8 @@ def test_tokens_are_those_of_transformers(
     made = config(directory, cpu_services=("local",), **HOW[how])
     host_blocks = 0 if made.offload == "never" else 64
     core = local_core(made, loaded(directory), host_blocks=host_blocks)
+    modes: set[Mode] = set()
+    core.observe = lambda plan, result, seconds: modes.add(plan.mode)
     answers = run(core, requests())
     for i, tokens in enumerate(expected(directory)):
         assert answers.tokens[f"r{i}", 0] == tokens, f"prompt of {LENGTHS[i]} tokens"
@@ -101,16 +122,21 @@ def test_tokens_are_those_of_transformers(
     elif how.startswith("forced"):
         assert moved >= len(LENGTHS)
     assert (host > 0) == (made.offload != "never")
-    assert (core.scheduler.limits.cohorts > 0) == (made.offload_mode == "deferred")
+    assert modes <= {Mode.INLINE, Mode(made.offload_mode)}
+    assert Mode(made.offload_mode) in modes
 
 
 REAL = ("always", "always-chunked", "forced-1", "small-gpu-pool")
 DEFERRED = tuple(how for how in HOW if how.endswith("deferred"))
+ASYMMETRIC = tuple(how for how in HOW if how.endswith("asymmetric"))
 
 
 @pytest.mark.parametrize(
     ("transport", "how"),
-    [*itertools.product(TRANSPORTS, REAL), *itertools.product(["shm"], DEFERRED)],
+    [
+        *itertools.product(TRANSPORTS, (*REAL, *ASYMMETRIC)),
+        *itertools.product(["shm"], DEFERRED),
+    ],
 )
 def test_a_real_cpu_service_gives_the_same_tokens(
     directories: dict[str, Path], service: Service, transport: str, how: str
@@ -131,7 +157,9 @@ def test_a_real_cpu_service_gives_the_same_tokens(
     assert sum(u.host_tokens for u in answers.usages.values()) > 0
 
 
-@pytest.mark.parametrize("how", ["never", "always-chunked", "forced-1", "forced-1-deferred"])
+@pytest.mark.parametrize(
+    "how", ["never", "always-chunked", "forced-1", "forced-1-deferred", "forced-1-asymmetric"]
+)
 @pytest.mark.parametrize("variant", FAMILIES)
 def test_bf16_stays_within_the_calibrated_bound(
     directories: dict[str, Path], variant: str, how: str

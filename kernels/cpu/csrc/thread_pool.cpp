@@ -61,7 +61,8 @@ struct FreeScratch {
 // A helper that has taken a valid ticket holds its region open, since `done` cannot reach `items` without it: so `body`
 // and `error` need no lock against the next region, and a late or parked helper delays nobody.
 struct ThreadPool::Impl {
-  Impl(int32_t threads, std::span<const int32_t> cpus, int32_t spin) : spin_us(spin) {
+  Impl(int32_t threads, std::span<const int32_t> cpus, int32_t spin)
+      : spin_us(spin), reserve(2 * static_cast<uint64_t>(threads)) {
     for (int32_t i = 1; i < threads; ++i) {
       const int32_t cpu = cpus.empty() ? -1 : cpus[static_cast<std::size_t>(i - 1) % cpus.size()];
       helpers.emplace_back([this, cpu] { help(cpu); });
@@ -117,8 +118,6 @@ struct ThreadPool::Impl {
   }
 
   void take_items() {
-    // Towards the end each thread takes what it can do at once: an item reserved by a slow one would be waited for.
-    const uint64_t reserve = 2 * (helpers.size() + 1);
     Ticket mine = take();
     while (mine.valid()) {
       const Ticket next = mine.next + reserve < mine.items ? take() : Ticket(0);
@@ -164,6 +163,8 @@ struct ThreadPool::Impl {
   }
 
   int32_t spin_us;
+  // So many last items are not taken ahead: one that a slow thread holds would be waited for.
+  uint64_t reserve;
   IsaChoice isa = chosen_isa();
   std::vector<std::thread> helpers;
   std::unique_ptr<std::byte[], FreeScratch> scratch;

@@ -132,6 +132,22 @@ def test_an_instruction_set_that_does_not_exist_is_named(monkeypatch: pytest.Mon
         ThreadPool(1)
 
 
+@pytest.mark.parametrize(("dtype", "blocks"), [(DType.BFLOAT16, 131), (DType.INT8, 5)])
+def test_reading_by_regions_reads_every_byte_once(dtype: DType, blocks: int) -> None:
+    layout = KvLayout(1, 3, 16, 16, dtype)
+    rng = np.random.default_rng(0)
+    memory = aligned(layout.pool_bytes(blocks))
+    memory[:] = rng.integers(0, 256, memory.size, np.uint8)
+    words = memory.view(np.uint64).reshape(blocks, -1)
+    chosen = rng.permutation(blocks)[: blocks - 1].astype(np.int32)
+    with ThreadPool(2) as threads:
+        total = cpu.read_regions(memory.ctypes.data, layout, chosen, threads)
+    # The last group of four repeats the last block.
+    repeats = -len(chosen) % 4 if len(chosen) % 64 else 0
+    expected = int(words[chosen].sum(dtype=np.uint64)) + repeats * int(words[chosen[-1]].sum())
+    assert total == expected % 2**64
+
+
 def test_first_touch_keeps_what_is_there_and_reports_progress() -> None:
     memory = np.arange(3 << 20, dtype=np.uint64)
     expected = int(memory.sum())

@@ -273,6 +273,8 @@ class Scheduler:
     def _learn(self, plan: IterationPlan, result: SweepResult) -> None:
         if self.costs is None or not result.device_seconds or plan.migrations:
             return
+        if plan.mode is not Mode.INLINE:
+            return  # takes as long as its host rows, and maybe has no others
         (batch,) = plan.batches
         if not batch.host_decode:
             context = sum(row.length for row in batch.gpu_decode)

@@ -80,7 +80,8 @@ class StepShape:
 
     def offsets(self) -> tuple[int, ...]:
         """Lane 0's places in bytes: the first layer's `submitted` and `done` in control memory, the
-        step from layer to layer; in step memory the size of a slot, of its q, and of its k."""
+        step from layer to layer; in step memory the size of a slot, of its q, and of its k; and
+        `revoked` in control memory."""
         return tuple(int(offset) for offset in _native.step_offsets(self.native()))
 
     @property

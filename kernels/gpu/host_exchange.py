@@ -7,8 +7,9 @@ and those that left a sweep ago come back, without a host thread in between.
     arrive   o in step memory -> the rows' place in attention's output
 
 Control and step memory is the host's, registered with CUDA; its addresses are read from device
-memory, since a CUDA graph outlives an epoch. A wait ends by the device's clock: the status word is
-then set, and no later wait of the sweep waits.
+memory, since a CUDA graph outlives an epoch. A wait ends by the device's clock, or when the engine
+has given the epoch up, since its peer is gone: the status word is then set, and no later wait of
+the sweep waits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from kernels.gpu.tensors import FLOATS, INTERPRET, check
 CONTROL, STEP = 0, 1
 """Places in `bases`."""
 _CHUNK = 2048
+_POLLS = 16
+"""Looks at the counter between two at the word that ends the wait, and at the clock."""
 _MOST_POLLS = 200_000
 """In the interpreter, which has no device clock."""
 
@@ -44,6 +47,8 @@ class StepOffsets:
     """Size of q in a slot, and of o."""
     kv: int
     """Size of k, and of v."""
+    revoked: int
+    """Of the word in control memory that says that the engine has given the epoch up."""
 
 
 @triton.jit
@@ -66,6 +71,13 @@ def _load_acquire(address):
         "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [address],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _nanoseconds():
+    if INTERPRETED:
+        return tl.full([], 0, tl.int64)
+    return globaltimer()
 
 
 INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
@@ -117,8 +129,9 @@ def _depart_kernel(
 
 @triton.jit(do_not_specialize=["layer"])
 def _meet_kernel(
-    bases_ptr, counts_ptr, status_ptr, layer, sweep_at, submitted, done, bell_stride, deadline_ns,
-    MOST_POLLS: tl.constexpr,
+    bases_ptr, counts_ptr, status_ptr, layer, sweep_at, submitted, done, bell_stride, revoked,
+    deadline_ns,
+    POLLS: tl.constexpr, MOST_POLLS: tl.constexpr,
 ):  # fmt: skip
     control = tl.load(bases_ptr) + layer.to(tl.int64) * bell_stride
     sweep = tl.load(counts_ptr + sweep_at)
@@ -127,15 +140,15 @@ def _meet_kernel(
     failed = tl.load(status_ptr)
     if (arriving > 0) & (failed == 0):
         ahead = _load_acquire(control + done) - (sweep - 1)
-        if INTERPRETED:
-            polls = 0
-            while (ahead < 0) & (polls < MOST_POLLS):
-                ahead = _load_acquire(control + done) - (sweep - 1)
-                polls += 1
-        else:
-            start = globaltimer()
-            while (ahead < 0) & (globaltimer() - start < deadline_ns):
-                ahead = _load_acquire(control + done) - (sweep - 1)
+        start = _nanoseconds()
+        over, polls = 0, 0
+        while (ahead < 0) & (over == 0):
+            polls += 1
+            if polls % POLLS == 0:
+                given_up = _load_acquire(tl.load(bases_ptr) + revoked) != 0
+                late = _nanoseconds() - start > deadline_ns
+                over = (given_up | late | (INTERPRETED and polls > MOST_POLLS)).to(tl.int32)
+            ahead = _load_acquire(control + done) - (sweep - 1)
         if ahead < 0:
             tl.store(status_ptr, 1)
 
@@ -223,8 +236,8 @@ class HostExchange:
         offsets = self.offsets
         _meet_kernel[(1,)](
             bases, counts, self.status, layer, self._layers + 1,
-            offsets.submitted, offsets.done, offsets.bell_stride, self._deadline_ns,
-            MOST_POLLS=_MOST_POLLS, num_warps=1,
+            offsets.submitted, offsets.done, offsets.bell_stride, offsets.revoked,
+            self._deadline_ns, POLLS=_POLLS, MOST_POLLS=_MOST_POLLS, num_warps=1,
         )  # fmt: skip
 
     def arrive(

@@ -7,6 +7,7 @@ sweep late. Then all that is under way has come to nothing, what has started mea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,12 @@ class HostSweep:
     """Its rows come through the last layer; in this order they are the sweep's last samples."""
 
 
+_LOG = logging.getLogger(__name__)
+
+
 class HostSide:
+    """Used by the engine core's thread."""
+
     def __init__(self, tier: ShmHostTier, exchange: HostExchange, cache: DeviceCache) -> None:
         self._tier = tier
         self._exchange = exchange
@@ -56,7 +62,8 @@ class HostSide:
         if exchange.status.is_cuda:
             self._status = [status.pin_memory() for status in self._status]
         self._turn = 0
-        self._session()
+        if tier.state is HostTierState.UP and self._session() is None:
+            raise ValueError("the host pool cannot be registered with CUDA; see the log")
 
     # -- KV ----------------------------------------------------------------------------------
 
@@ -171,7 +178,12 @@ class HostSide:
         session = self._tier.session
         assert session is not None
         known = self._registered
-        if known is None or known.session.epoch != session.epoch:
-            self.close()
+        if known is not None and known.session.epoch == session.epoch:
+            return known
+        self.close()
+        try:
             self._registered = RegisteredSession(session, self._cache.memory.device)
+        except RuntimeError as error:
+            self._tier.give_up(str(error))
+            _LOG.error("the host tier cannot be used: %s", error)
         return self._registered

@@ -51,7 +51,7 @@ void bind_shape(py::module_& m) {
     const StepSizes sizes = step_sizes(shape);
     const std::size_t bells = sizeof(ControlHeader);
     return std::make_tuple(bells + offsetof(Doorbell, submitted), bells + offsetof(Doorbell, done), sizeof(Doorbell),
-                           sizes.slot_bytes, sizes.q_bytes, sizes.kv_bytes);
+                           sizes.slot_bytes, sizes.q_bytes, sizes.kv_bytes, offsetof(ControlHeader, revoked));
   });
   m.def("format_control", [](const StepShape& shape, const Memory& control, const Memory& step, uint64_t epoch,
                              uint32_t first_sweep, const py::bytes& nonce) {

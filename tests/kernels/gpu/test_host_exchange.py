@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,8 +136,24 @@ def test_a_wait_ends_without_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (out == 9).all()
 
 
+def test_a_wait_ends_when_the_epoch_is_given_up() -> None:
+    """However far away its deadline is: the peer has died."""
+    with rig() as it, registered(it.control, it.step):
+        it.restart(start=False)
+        exchange = exchange_of(HostExchange, deadline=60.0)
+        bases = torch.tensor([address(it.control), address(it.step)], device=DEVICE)
+        it.channel.begin_sweep([it.rows([20])], SECOND_US, device_rings=True)
+        counts = torch.tensor([1, 1, 0, 2], dtype=torch.int32, device=DEVICE)
+        it.channel.revoke()
+        started = time.monotonic()
+        exchange.meet(0, bases, counts)
+        assert int(exchange.status) == 1
+        assert time.monotonic() - started < 5
+
+
 MUTANTS = {
     "this-sweep-s-slot": ("- 1) & 1)", ") & 1)"),
+    
     "no-wait": ("(arriving > 0) & (failed == 0)", "arriving < 0"),
     "keys-for-values": ("element - Q_WIDTH\n", "(element - Q_WIDTH) % KV_WIDTH\n"),
     "state-stays": ("tl.store(here, coming, mask=ok)", "tl.store(here, leaving, mask=ok)"),

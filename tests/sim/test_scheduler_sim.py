@@ -10,6 +10,7 @@ import pytest
 
 from gpu_service.engine.messages import Submit
 from gpu_service.offload.host_tier import HostTierState
+from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult, Tier
 from gpu_service.scheduling.scheduler import Scheduler
 from tests.support.fake_model import Machine, expected_output, limits, submit, token_at
@@ -315,12 +316,13 @@ def test_prompts_on_the_gpu_alone(seed: int, offload: str, look_ahead: bool, abo
         gpu_blocks=20,
         force_migration_every=draw.choice((0, 1, 3)),
     )
-    machine = Machine(Scheduler(bounds), look_ahead=look_ahead)
+    costs = SweepCosts({1: 1.0, 32: 2.0}, {8: 2.0, 32: 4.0}, 0.001)
+    machine = Machine(Scheduler(bounds, costs), look_ahead=look_ahead)
     for request in requests:
         machine.submit(request)
     aborted = set()
     while machine.scheduler.live_requests:
-        machine.step()
+        machine.step(lambda plan, result: dataclasses.replace(result, device_seconds=5e-3))
         if draw.random() < abort:
             victim = draw.choice(requests)
             machine.scheduler.abort(victim.request_id, None, machine.now)

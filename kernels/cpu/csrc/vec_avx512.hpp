@@ -35,8 +35,8 @@ inline Vec512 where_less(Vec512 a, Vec512 b, Vec512 yes, Vec512 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ), no.x, yes.x)};
 }
 
-// 2^x = 2^floor(x) * 2^r, r in [0, 1) by a polynomial fitted for the least relative error (8e-8, in fp32 2e-7). Half the
-// instructions of Cephes' expf. 0 below -87; NaN stays NaN.
+// 2^x = 2^floor(x) * 2^r, r in [0, 1) by a polynomial fitted for the least relative error (8e-8, in fp32 2e-7). Half
+// the instructions of Cephes' expf. 0 below -87; NaN stays NaN.
 inline Vec512 exp(Vec512 v) {
   const __m512 x = _mm512_mul_ps(v.x, _mm512_set1_ps(1.44269504F));
   const __mmask16 keep = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0F), _CMP_NLT_UQ);

@@ -10,7 +10,14 @@ import grpc
 import pytest
 
 from protos.neo.v1 import types_pb2
-from tests.support.load import Job, assert_idle_and_whole, run_job, watch_load
+from tests.support.load import (
+    Answer,
+    Job,
+    assert_idle_and_whole,
+    run_job,
+    run_jobs,
+    watch_load,
+)
 from tests.support.stack import Stack, running_stack, stack_model
 
 LONG = Job(
@@ -20,12 +27,17 @@ LONG_GPU = Job(
     prompt=tuple(range(3, 40)), output_tokens=400, placement=types_pb2.PLACEMENT_GPU_ONLY
 )
 
-MODES = ("inline", "deferred")
+MODES = ("inline", "deferred", "asymmetric")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stack_model(tmp_path_factory.mktemp("model"))
+
+
+def on_host(stack: Stack) -> asyncio.Task[list[Answer]]:
+    """Two requests, of which asymmetric mode makes a sub-batch each."""
+    return asyncio.create_task(run_jobs(stack.router.address, [LONG, LONG]))
 
 
 async def until_host_decodes(stack: Stack, tokens: int) -> None:
@@ -41,20 +53,21 @@ async def test_host_requests_survive_a_killed_cpu_service(
     """SIGKILL mid-stream, restart: the same tokens as without, none recomputed."""
     with running_stack(tmp_path, model, offload_mode=mode) as stack:
         reference = await run_job(stack.router.address, LONG_GPU)
-        host = asyncio.create_task(run_job(stack.router.address, LONG))
+        host = on_host(stack)
         await until_host_decodes(stack, 20)
         stack.cpu.signal(signal.SIGKILL)
         stack.cpu.wait_exit()
         beside = await run_job(stack.router.address, LONG_GPU)
         assert not host.done(), "nothing can decode on the host tier while it is away"
         stack.cpu.start()
-        answer = await asyncio.wait_for(host, timeout=60)
+        answers = await asyncio.wait_for(host, timeout=60)
         load = await assert_idle_and_whole(stack.gpu.address)
     assert beside.tokens == reference.tokens
-    assert answer.error is None
-    assert answer.tokens == reference.tokens
-    assert answer.usage is not None
-    assert answer.usage.recomputations == 0
+    for answer in answers:
+        assert answer.error is None
+        assert answer.tokens == reference.tokens
+        assert answer.usage is not None
+        assert answer.usage.recomputations == 0
     assert load.recomputations_total == 0
 
 
@@ -63,16 +76,17 @@ async def test_a_stopped_cpu_service_is_survived(tmp_path: Path, model: Path, mo
     """SIGSTOP past the sweep's deadline, then SIGCONT: no hang, no wrong token."""
     with running_stack(tmp_path, model, sweep_deadline_ms=300.0, offload_mode=mode) as stack:
         reference = await run_job(stack.router.address, LONG_GPU)
-        host = asyncio.create_task(run_job(stack.router.address, LONG))
+        host = on_host(stack)
         await until_host_decodes(stack, 20)
         stack.cpu.signal(signal.SIGSTOP)
         beside = await run_job(stack.router.address, LONG_GPU)
         stack.cpu.signal(signal.SIGCONT)
-        answer = await asyncio.wait_for(host, timeout=60)
+        answers = await asyncio.wait_for(host, timeout=60)
         await assert_idle_and_whole(stack.gpu.address)
     assert beside.tokens == reference.tokens
-    assert answer.error is None
-    assert answer.tokens == reference.tokens
+    for answer in answers:
+        assert answer.error is None
+        assert answer.tokens == reference.tokens
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -80,12 +94,12 @@ async def test_lease_expiry_ends_host_requests_only(tmp_path: Path, model: Path,
     """A cpu_service that stays away: its requests end with UNAVAILABLE, the others do not notice,
     and new requests are served on the GPU tier."""
     with running_stack(tmp_path, model, lease_seconds=2.0, offload_mode=mode) as stack:
-        host = asyncio.create_task(run_job(stack.router.address, LONG))
+        host = on_host(stack)
         await until_host_decodes(stack, 20)
         stack.cpu.signal(signal.SIGKILL)
         beside = asyncio.create_task(run_job(stack.router.address, LONG_GPU))
-        answer = await asyncio.wait_for(host, timeout=30)
-        assert answer.error == grpc.StatusCode.UNAVAILABLE
+        answers = await asyncio.wait_for(host, timeout=30)
+        assert [answer.error for answer in answers] == [grpc.StatusCode.UNAVAILABLE] * 2
         assert (await beside).error is None
         after = await run_job(stack.router.address, LONG)
         assert after.error is None

@@ -200,6 +200,11 @@ class Machine:
             for row in (*batch.prefill, *batch.gpu_decode, *batch.host_decode)
         ]
         assert len(keys) == len(set(keys)), "a choice has two rows in one iteration"
+        assert all(batch.tokens for batch in plan.batches)
+        assert len(plan.batches) <= (2 if plan.mode is Mode.ASYMMETRIC else 1)
+        if plan.mode is Mode.ASYMMETRIC:
+            second = plan.batches[1]
+            assert second.tokens == len(second.host_decode) > 0, "it attends on the device"
         if self.host is not HostTierState.UP:
             assert not any(batch.host_decode for batch in plan.batches)
             assert all(row.tier is Tier.GPU for b in plan.batches for row in b.prefill)
@@ -227,7 +232,7 @@ class Machine:
                 if chunk.samples:
                     tokens[chunk.key] = self._next(chunk.key, end)
             decode = [(Tier.GPU, r) for r in batch.gpu_decode]
-            if plan.mode is Mode.INLINE:
+            if plan.mode is not Mode.DEFERRED:
                 decode += [(Tier.HOST, r) for r in batch.host_decode]
             for tier, row in decode:
                 start = row.length - 1
@@ -243,7 +248,7 @@ class Machine:
     ) -> tuple[tuple[Flight, ...], frozenset[int]]:
         """Move on what is under way; which rows have landed, and which of them have come to
         nothing."""
-        if plan.mode is Mode.INLINE:
+        if plan.mode is not Mode.DEFERRED:
             assert not self._air, "rows are under way, and nobody moves them on"
             return (), frozenset()
         for batch in plan.batches:

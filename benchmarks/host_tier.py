@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks.stack import free_port
+from benchmarks.stack import free_port, running
 
 START_SECONDS = 60.0
 
@@ -26,14 +25,9 @@ def cpu_service(threads: int = 0) -> Iterator[str]:
         command = [sys.executable, "-m", "cpu_service", "--listen", address]
         command += ["--runtime-dir", folder, "--threads", str(threads)]
         log_path = Path(folder) / "log"
-        with log_path.open("w") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-            try:
-                _wait_serving(address, process, log_path)
-                yield address
-            finally:
-                process.send_signal(signal.SIGTERM)
-                process.wait(timeout=60)
+        with running(command, log_path) as process:
+            _wait_serving(address, process, log_path)
+            yield address
 
 
 def _wait_serving(address: str, process: subprocess.Popen[bytes], log_path: Path) -> None:

@@ -29,11 +29,18 @@ def stack(model: str, flags: Sequence[str]) -> Iterator[str]:
     command = [sys.executable, "-m", "neo_client.cli", "serve", "--model", model]
     command += ["--listen", address, *flags]
     log_path = Path(tempfile.gettempdir()) / f"neo-serving-{os.getpid()}.log"
+    with running(command, log_path) as process:
+        _wait_ready(address, process, log_path)
+        yield address
+
+
+@contextmanager
+def running(command: Sequence[str], log_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose output goes into a file; ended in the end."""
     with log_path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
-            _wait_ready(address, process, log_path)
-            yield address
+            yield process
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)

@@ -166,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--offload", default="never", choices=("never", "auto", "always"))
-    parser.add_argument("--offload-mode", default="deferred", choices=("inline", "deferred"))
+    parser.add_argument(
+        "--offload-mode", default="deferred", choices=("inline", "deferred", "asymmetric")
+    )
     parser.add_argument("--host-kv-gib", type=float, default=8.0)
     parser.add_argument("--host-kv-dtype", default="auto")
     parser.add_argument("--cpu-threads", type=int, default=0, help="0: all cores but two")

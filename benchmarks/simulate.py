@@ -52,6 +52,7 @@ def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
         max_waiting_requests=1 << 20,
         offload=args.offload,
         cohorts=machine.spec.layers + 1 if args.offload_mode == "deferred" else 0,
+        asymmetric=args.offload_mode == "asymmetric",
     )
 
 
@@ -81,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--host-kv-blocks", type=int, default=0)
     made.add_argument("--host-kv-dtype", choices=("auto", "int8"), default="auto")
     made.add_argument("--offload", choices=OFFLOAD_POLICIES, default="auto")
-    made.add_argument("--offload-mode", choices=("inline", "deferred"), default="inline")
+    made.add_argument(
+        "--offload-mode", choices=("inline", "deferred", "asymmetric"), default="inline"
+    )
     made.add_argument("--block-tokens", type=int, default=16)
     made.add_argument("--max-batch-tokens", type=int, default=8192)
     made.add_argument("--max-running-requests", type=int, default=256)

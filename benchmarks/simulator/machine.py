@@ -4,6 +4,9 @@ gpu_only     one captured sweep: gaps + head + layers * (dense + small + prefill
              + decode attention)
 inline       launched layer by layer, each of which waits for its host rows:
              layers * max(launch, dense + small + max(GPU attention, host attention))
+asymmetric   launched as well, twice; the host attends for one sub-batch beside the other:
+             layers * (max(dense(0) + small(0) + GPU attention, host attention(1))
+                       + max(dense(1) + small(1), host attention(0)))
 migrations   before the sweep, over the link
 """
 
@@ -80,6 +83,8 @@ class Machine:
         on_host = any(chunk.tier is Tier.HOST for chunk in batch.prefill)
         if plan.mode is Mode.DEFERRED:
             gpu, cpu, total = self._deferred(batch, under_way)
+        elif plan.mode is Mode.ASYMMETRIC:
+            gpu, cpu, total = self._asymmetric(*plan.batches)
         elif not plan.batches:
             gpu = cpu = total = 0.0
         elif plan.migrations or batch.host_decode or on_host:
@@ -91,9 +96,7 @@ class Machine:
 
     def host_ms(self, plan: IterationPlan) -> float:
         """What the engine's thread computes for one iteration."""
-        sequences = sum(
-            len(b.prefill) + len(b.gpu_decode) + len(b.host_decode) for b in plan.batches
-        )
+        sequences = sum(map(_sequences, plan.batches))
         return self.profile.host.iteration_ms.at(sequences)
 
     def start_costs(self) -> SweepCosts:
@@ -163,25 +166,44 @@ class Machine:
 
     def _inline(self, batch: SubBatch) -> tuple[float, float, float]:
         """GPU, CPU, and all from begin to end."""
-        layers, spec, link = self.spec.layers, self.spec, self.profile.link
-        sequences = len(batch.prefill) + len(batch.gpu_decode) + len(batch.host_decode)
-        head = self._head_ms(sequences)
-        gpu = (
+        head = self._head_ms(_sequences(batch))
+        gpu, dense = self._attention_ms(batch), self._dense_ms(batch.tokens)
+        cpu, exchange = self._host_rows_ms(batch)
+        device = dense + max(gpu, cpu + exchange)
+        return head + dense + gpu, cpu, head + max(self._launches_ms, device)
+
+    def _asymmetric(self, first: SubBatch, second: SubBatch) -> tuple[float, float, float]:
+        """As `_inline`."""
+        head = self._head_ms(_sequences(first) + _sequences(second))
+        gpu, dense = self._attention_ms(first), self._dense_ms(first.tokens)
+        behind = self._dense_ms(second.tokens)
+        (cpu, exchange), (cpu_1, exchange_1) = map(self._host_rows_ms, (first, second))
+        device = max(dense + gpu, cpu_1 + exchange_1) + max(behind, cpu + exchange)
+        busy = head + dense + gpu + behind
+        return busy, cpu + cpu_1, head + max(2 * self._launches_ms, device)
+
+    @property
+    def _launches_ms(self) -> float:
+        """Of one sub-batch, layer by layer."""
+        return 1e-3 * self.spec.layers * self.profile.host.launched_singly_layer_us.value
+
+    def _attention_ms(self, batch: SubBatch) -> float:
+        """The GPU's, and what it waits for on the link."""
+        return (
             self._decode_ms(batch) + self._prefill_ms(batch.prefill) + self._host_prompts_ms(batch)
         )
-        cpu = exchange = 0.0
-        if batch.host_decode:
-            context = sum(row.length for row in batch.host_decode)
-            cpu = self._host_attention_ms(context)
-            # q and o have query_heads, k and v kv_heads; four copies a layer.
-            heads = 2 * (spec.query_heads + spec.kv_heads)
-            size = len(batch.host_decode) * heads * spec.head_dim * _ELEMENT_BYTES
-            delay_us = link.doorbell_us.value + 4 * link.copy_us.value
-            exchange = layers * (1e-3 * delay_us + self._link_ms(size))
-        dense = self._dense_ms(batch.tokens)
-        device = dense + max(gpu, cpu + exchange)
-        launches = 1e-3 * layers * self.profile.host.launched_singly_layer_us.value
-        return head + dense + gpu, cpu, head + max(launches, device)
+
+    def _host_rows_ms(self, batch: SubBatch) -> tuple[float, float]:
+        """The host's attention, and what goes to it and comes back."""
+        if not batch.host_decode:
+            return 0.0, 0.0
+        spec, link = self.spec, self.profile.link
+        cpu = self._host_attention_ms(sum(row.length for row in batch.host_decode))
+        # q and o have query_heads, k and v kv_heads; four copies a layer.
+        heads = 2 * (spec.query_heads + spec.kv_heads)
+        size = len(batch.host_decode) * heads * spec.head_dim * _ELEMENT_BYTES
+        delay_us = link.doorbell_us.value + 4 * link.copy_us.value
+        return cpu, spec.layers * (1e-3 * delay_us + self._link_ms(size))
 
     def _deferred(self, batch: SubBatch, under_way: Sequence[int]) -> tuple[float, float, float]:
         """As `_inline`; every row under way goes on by one layer."""
@@ -194,6 +216,10 @@ class Machine:
         gpu += 1e-3 * layers * self.profile.link.deferred_layer_us.value
         cpu = self._host_attention_ms(sum(under_way)) / (layers + 1)
         return gpu, cpu, max(gpu, cpu, self._host_prompts_ms(batch))
+
+
+def _sequences(batch: SubBatch) -> int:
+    return len(batch.prefill) + len(batch.gpu_decode) + len(batch.host_decode)
 
 
 def _weights(spec: ModelSpec) -> int:

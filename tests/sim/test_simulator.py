@@ -195,6 +195,51 @@ def test_mutants_of_deferred_sweeps_are_found(old: str, new: str, tmp_path: Path
         check_deferred_sweeps(make(mutated(machine_module, old, new, tmp_path)))
 
 
+def check_asymmetric_sweeps(machine: Machine) -> None:
+    """Against inline ones: two passes over the weights, and the host hidden behind them."""
+
+    def sweep(first: int, second: int, chunk: int = 0) -> SweepTime:
+        kept, moved = plan(24, 1100, chunk, host=first), plan(host=second, context=1100)
+        return machine.sweep(
+            IterationPlan(1, Mode.ASYMMETRIC, (), (*kept.batches, *moved.batches)), ()
+        )
+
+    def inline(host: int, chunk: int = 0) -> SweepTime:
+        return machine.sweep(plan(24, 1100, chunk, host=host), ())
+
+    # 0.94 us a token: 8 rows take 8.3 ms, and the device 6.9 with its rows.
+    few = sweep(0, 8)
+    assert few.cpu == pytest.approx(inline(8).cpu)
+    assert few.gpu - inline(8).gpu == pytest.approx(5.4, abs=0.6), "a second weight pass"
+    # Behind 1,000 prompt tokens (24 ms), 16 rows are hidden, which inline mode waits for.
+    chunk = 1000
+    hidden, waited = sweep(0, 16, chunk), inline(16, chunk)
+    assert hidden.cpu == pytest.approx(waited.cpu)
+    assert hidden.total == pytest.approx(hidden.gpu)
+    assert waited.total - hidden.total == pytest.approx(waited.cpu - 5.4, rel=0.35)
+    # Eight rows more in sub-batch 0 wait for sub-batch 1's dense layers alone.
+    both = sweep(8, 16, chunk)
+    assert both.total - hidden.total == pytest.approx(0.5 * hidden.cpu - 5.4, abs=1.8)
+
+
+def test_asymmetric_sweeps_hide_the_host() -> None:
+    check_asymmetric_sweeps(make())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max(dense + gpu, cpu_1 + exchange_1)", "dense + gpu + cpu_1 + exchange_1"),
+        ("max(behind, cpu + exchange)", "behind"),
+        ("gpu + behind", "gpu"),
+        ("return busy, cpu + cpu_1,", "return busy, cpu,"),
+    ],
+)
+def test_mutants_of_asymmetric_sweeps_are_found(old: str, new: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check_asymmetric_sweeps(make(mutated(machine_module, old, new, tmp_path)))
+
+
 def test_a_deferred_row_takes_as_many_sweeps_as_there_are_cohorts() -> None:
     bounds = limits(offload="always", cohorts=3)
     trace = simulate(Metronome(10, 2), bounds, [Lengths(8, 5)], [0.0])

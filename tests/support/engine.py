@@ -239,6 +239,23 @@ def triton_core(
     return assemble(made, model, geometry, gpu, tier, None, sweeps).core
 
 
+def host_of(core: EngineCore) -> LocalHostTier:
+    """The host tier of a `local_core` that has one."""
+    assert isinstance(core.host, LocalHostTier)
+    return core.host
+
+
+def prompt(tokens: int, seed: int = 0) -> list[int]:
+    """Tokens that all tiny models know."""
+    return [3 + (11 * i + 29 * seed) % 250 for i in range(tokens)]
+
+
+def alone(model: CausalLM, request: Submit) -> list[int]:
+    """What the request says with an engine to itself, on the GPU tier."""
+    core = local_core(config("tiny", offload="never"), model)
+    return run(core, [request]).tokens[request.request_id, 0]
+
+
 @contextmanager
 def real_core(made: GpuServiceConfig) -> Iterator[EngineCore]:
     """A core as the process builds it, host tier and all."""

@@ -26,10 +26,13 @@ from kernels.cpu import ThreadPool
 from tests.support.engine import (
     Answers,
     LocalHostTier,
+    alone,
     check_empty,
     config,
     greedy,
+    host_of,
     local_core,
+    prompt,
     real_core,
     run,
     step,
@@ -56,25 +59,10 @@ def core_of(model: CausalLM, **changes: Any) -> EngineCore:
     return local_core(config("tiny", cpu_services=("local",), **values), model, host_blocks=64)
 
 
-def host_of(core: EngineCore) -> LocalHostTier:
-    assert isinstance(core.host, LocalHostTier)
-    return core.host
-
-
-def prompt(tokens: int, seed: int = 0) -> list[int]:
-    return [3 + (11 * i + 29 * seed) % 250 for i in range(tokens)]
-
-
 def mixed(tokens: int = 12) -> list[Submit]:
     """Four on the host, two of which get into each sub-batch, and two on the GPU tier."""
     hosts = [greedy(f"h{i}", prompt(17, i), tokens, placement="cpu_preferred") for i in range(4)]
     return [*hosts, *(greedy(f"g{i}", prompt(30 + i), 2 * tokens) for i in range(2))]
-
-
-def alone(model: CausalLM, request: Submit) -> list[int]:
-    """What the request says with the engine to itself, on the GPU tier."""
-    core = local_core(config("tiny", offload="never"), model)
-    return run(core, [request]).tokens[request.request_id, 0]
 
 
 class Log:

@@ -16,11 +16,13 @@ from gpu_service.offload.host_tier import HostTierState
 from kernels.cpu import DType
 from tests.support.engine import (
     Answers,
-    LocalHostTier,
+    alone,
     check_empty,
     config,
     greedy,
+    host_of,
     local_core,
+    prompt,
     run,
     step,
 )
@@ -42,21 +44,6 @@ def core_of(
 ) -> EngineCore:
     made = config("tiny", cpu_services=("local",), **{"offload": "auto", **changes})
     return local_core(made, model, host_blocks=host_blocks, **(host or {}))
-
-
-def host_of(core: EngineCore) -> LocalHostTier:
-    assert isinstance(core.host, LocalHostTier)
-    return core.host
-
-
-def prompt(tokens: int, seed: int = 0) -> list[int]:
-    return [3 + (11 * i + 29 * seed) % 250 for i in range(tokens)]
-
-
-def alone(model: CausalLM, request: Submit) -> list[int]:
-    """What the request says with the engine to itself, on the GPU tier."""
-    core = core_of(model, 0, offload="never")
-    return run(core, [request]).tokens[request.request_id, 0]
 
 
 # -- the host tier fails in the middle of a sweep ------------------------------------------------

@@ -9,17 +9,19 @@ import pytest
 import torch
 
 from gpu_service.engine.core import EngineCore
-from gpu_service.engine.messages import Abort, Submit
+from gpu_service.engine.messages import Abort
 from gpu_service.model.model import CausalLM, load_model
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling.plan import Mode, Tier
 from tests.support.engine import (
     Answers,
-    LocalHostTier,
+    alone,
     check_empty,
     config,
     greedy,
+    host_of,
     local_core,
+    prompt,
     run,
     step,
 )
@@ -37,21 +39,6 @@ def deferred_core(model: CausalLM, host_blocks: int = 64, **changes: object) -> 
     return local_core(
         config("tiny", cpu_services=("local",), **values), model, host_blocks=host_blocks
     )
-
-
-def host_of(core: EngineCore) -> LocalHostTier:
-    assert isinstance(core.host, LocalHostTier)
-    return core.host
-
-
-def prompt(tokens: int, seed: int = 0) -> list[int]:
-    return [3 + (11 * i + 29 * seed) % 250 for i in range(tokens)]
-
-
-def alone(model: CausalLM, request: Submit) -> list[int]:
-    """What the request says with the engine to itself, on the GPU tier."""
-    core = local_core(config("tiny", offload="never"), model)
-    return run(core, [request]).tokens[request.request_id, 0]
 
 
 def drain(core: EngineCore, answers: Answers) -> None:

@@ -153,7 +153,6 @@ def test_a_wait_ends_when_the_epoch_is_given_up() -> None:
 
 MUTANTS = {
     "this-sweep-s-slot": ("- 1) & 1)", ") & 1)"),
-    
     "no-wait": ("(arriving > 0) & (failed == 0)", "arriving < 0"),
     "keys-for-values": ("element - Q_WIDTH\n", "(element - Q_WIDTH) % KV_WIDTH\n"),
     "state-stays": ("tl.store(here, coming, mask=ok)", "tl.store(here, leaving, mask=ok)"),

@@ -1,4 +1,4 @@
-"""Generate the committed gRPC stubs of `protos/neo/v1`, or check that they are current.
+"""Generate the committed gRPC stubs of `protos/neo/v1` and `protos/compat`, or check that they are current.
 
     python -m protos.generate           # write
     python -m protos.generate --check   # exit 1 when a stub differs from its .proto
@@ -19,12 +19,12 @@ PROTO_ROOT = Path(__file__).parent
 
 
 def generate(out: Path) -> list[Path]:
-    """Write `neo/v1/*_pb2*.py[i]` below `out`; returns the files' paths relative to it."""
+    """Write `{neo/v1,compat}/*_pb2*.py[i]` below `out`; returns the files' paths relative to it."""
     import grpc_tools
     from grpc_tools import protoc
 
     well_known = Path(grpc_tools.__file__).parent / "_proto"
-    sources = sorted(str(p) for p in (PROTO_ROOT / "neo" / "v1").glob("*.proto"))
+    sources = sorted(str(p) for p in PROTO_ROOT.rglob("*.proto"))
     args = ["protoc", f"-I{PROTO_ROOT}", f"-I{well_known}"]
     args += [f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", *sources]
     if protoc.main(args) != 0:
@@ -33,7 +33,7 @@ def generate(out: Path) -> list[Path]:
     for path in written:
         # protoc derives import names from the proto path; ours live below the package `protos`.
         text = re.sub(
-            r"^from neo\.v1 import", "from protos.neo.v1 import", path.read_text(), flags=re.M
+            r"^from (neo\.v1|compat) import", r"from protos.\1 import", path.read_text(), flags=re.M
         )
         path.write_text(text)
     return [p.relative_to(out) for p in written]

@@ -17,6 +17,7 @@ import uvloop
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.client import EngineClient, EngineStartError
 from gpu_service.engine.messages import Progress, Ready, Shutdown
+from gpu_service.frontend import compat
 from gpu_service.frontend.dispatch import Dispatcher
 from gpu_service.frontend.inference import InferenceServicer
 from gpu_service.frontend.metrics import FrontendMetrics
@@ -61,11 +62,10 @@ class GpuService:
         )
         inference = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         engine = engine_pb2.DESCRIPTOR.services_by_name["EngineService"]
-        generating = f"/{inference.full_name}/Generate"
+        generating = {f"/{inference.full_name}/{name}" for name in ("Generate", "GenerateStream")}
+        generating.update(compat.GENERATING)
         self._server = ServiceServer(
-            config.listen,
-            [inference, engine],
-            counted=lambda method: method.startswith(generating),
+            config.listen, [inference, engine, *compat.SERVICES], counted=generating.__contains__
         )
         self._operator = EngineServicer(
             self._dispatcher, self._info, self._begin_drain, config.max_waiting_requests
@@ -79,6 +79,15 @@ class GpuService:
             self._inference, self._server.grpc
         )
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self._operator, self._server.grpc)
+        compat.add_compatible_services(
+            self._server,
+            self._inference,
+            self._operator,
+            self._config,
+            self._tokenizer,
+            self._spec,
+            self._info,
+        )
         with neo_metrics.endpoint(self._metrics.registry, self._config.metrics_port):
             address = await self._server.start()
             _log.info("listening on %s; loading %s", address, self._name)

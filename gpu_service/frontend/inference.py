@@ -42,7 +42,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         choices: dict[int, pb.Choice] = {}
-        response = pb.GenerateResponse(model=self._served().name)
+        response = pb.GenerateResponse(model=self.served().name)
         async for message in self.GenerateStream(request, context):
             response.request_id = message.request_id
             response.prompt_logprobs.extend(message.prompt_logprobs)
@@ -56,7 +56,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        model, arrival = self._served(), time.monotonic()
+        model, arrival = self.served(), time.monotonic()
         parsed = await validate.parse_request(
             request,
             model,
@@ -86,11 +86,11 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return pb.ListModelsResponse(models=[self._describe()])
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        validate.check_model(request.model, self._served())
+        validate.check_model(request.model, self.served())
         return pb.GetModelResponse(model=self._describe())
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        model = self._served()
+        model = self.served()
         validate.check_model(request.model, model)
         kind = request.WhichOneof("input")
         if kind is None:
@@ -105,7 +105,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: Context
     ) -> pb.DetokenizeResponse:
-        model = self._served()
+        model = self.served()
         validate.check_model(request.model, model)
         ids = validate.prompt_ids("token_ids", request.token_ids, model)
         text = self._tokenizer.decode(ids, skip_special_tokens=not request.include_special_tokens)
@@ -127,13 +127,14 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         metrics.prompt_tokens.inc(len(live.parsed.submit.prompt_token_ids))
         metrics.e2e.observe(time.monotonic() - arrival)
 
-    def _served(self) -> ServedModel:
+    def served(self) -> ServedModel:
+        """Raises ServiceError (NOT_READY) while the model is loading."""
         if self._model is None:
             raise ServiceError(Reason.NOT_READY, "the model is still loading", retry_after=2.0)
         return self._model
 
     def _describe(self) -> pb.Model:
-        model = self._served()
+        model = self.served()
         return pb.Model(
             name=model.name,
             family=self._spec.family,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,19 +113,38 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _check(self, method: str, request: Any) -> None:
         if isinstance(request, Malformed):
             raise request.error()
-        if self.draining and self._counted(method):
+        if self._counted(method):
+            self._refuse_while_draining()
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining:
             raise ServiceError(Reason.DRAINING, "this server is shutting down", retry_after=1.0)
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """One request on a stream of many: it counts like a call, while the stream itself, which a
+        client may keep open for ever, does not. Raises ServiceError while draining."""
+        self._refuse_while_draining()
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
 
     def _enter(self, method: str) -> None:
         if self._counted(method):
-            self.live += 1
-            self.idle.clear()
+            self._count(1)
 
     def _leave(self, method: str) -> None:
         if self._counted(method):
-            self.live -= 1
-            if self.live == 0:
-                self.idle.set()
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        self.live += change
+        if self.live == 0:
+            self.idle.set()
+        else:
+            self.idle.clear()
 
 
 def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
 
 from neo_common.errors import Reason, ServiceError
 from protos.neo.v1 import inference_pb2
@@ -57,18 +58,25 @@ class Forwarder:
         self._limits = limits
         self._clock = clock
 
-    def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
-        """A handler without serialisers for each method that the service's descriptor names."""
-        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-        for method in SERVICE.methods:
-            path = f"/{SERVICE.full_name}/{method.name}"
+    def handler(
+        self,
+        service: ServiceDescriptor = SERVICE,
+        own: Mapping[str, grpc.RpcMethodHandler[Any, Any]] | None = None,
+    ) -> grpc.GenericRpcHandler[Any, Any]:
+        """A handler without serialisers for each method that `service` names. own: methods that
+        the router answers in another way than by passing them on to one backend."""
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = dict(own or {})
+        for method in service.methods:
+            path = f"/{service.full_name}/{method.name}"
+            if method.name in methods:
+                continue
             if method.name == "Abort":
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(self._abort(path))
             elif method.server_streaming:
                 methods[method.name] = grpc.unary_stream_rpc_method_handler(self._stream(path))
             else:
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(self._unary(path))
-        return grpc.method_handlers_generic_handler(SERVICE.full_name, methods)
+        return grpc.method_handlers_generic_handler(service.full_name, methods)
 
     def _unary(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def handle(request: bytes, context: Context) -> bytes:
@@ -95,6 +103,15 @@ class Forwarder:
     async def _relay(
         self, path: str, request: bytes, context: Context, send: Callable[[bytes], Awaitable[None]]
     ) -> None:
+        failure = await self.relay(path, request, context, send)
+        if failure is not None:
+            await failure.refuse(context)
+
+    async def relay(
+        self, path: str, request: bytes, context: Context, send: Callable[[bytes], Awaitable[None]]
+    ) -> Failure | None:
+        """Make the call on a backend, or several in turn. Returns how the backend refused it, None
+        when it ended well; raises ServiceError for what is the router's own to say."""
         with self._gate.enter(), self._metrics.measure(path) as measured:
 
             async def pass_on(message: bytes) -> None:
@@ -114,11 +131,11 @@ class Forwarder:
                 failure = outcome.failure
                 self._note(backend, failure)
                 if failure is None:
-                    return
+                    return None
                 if outcome.answered or failure.code is not grpc.StatusCode.UNAVAILABLE:
                     break
             measured.code = failure.code.name if failure else "UNAVAILABLE"
-            await self._refuse(context, failure)
+            return self._told(failure)
 
     def _note(self, backend: Backend, failure: Failure | None) -> None:
         if failure is not None and failure.unreachable:
@@ -126,11 +143,11 @@ class Forwarder:
         else:
             backend.call_answered()
 
-    async def _refuse(self, context: Context, failure: Failure | None) -> NoReturn:
-        """The backend's own words where there are any, else the router's: what a broken connection
-        leaves behind names addresses that are no client's business."""
+    def _told(self, failure: Failure | None) -> Failure:
+        """The backend's own words where there are any, else the router's, raised: what a broken
+        connection leaves behind names addresses that are no client's business."""
         if failure is not None and not failure.unreachable:
-            await failure.refuse(context)
+            return failure
         reason, message = (
             (Reason.NO_BACKEND, "no backend can take calls now")
             if failure is None
@@ -168,6 +185,6 @@ class Forwarder:
                 # A backend that did not answer may hold the request: NOT_FOUND might be a lie.
                 failures.sort(key=lambda failure: failure.code is grpc.StatusCode.NOT_FOUND)
                 measured.code = failures[0].code.name if failures else "UNAVAILABLE"
-                return await self._refuse(context, failures[0] if failures else None)
+                return await self._told(failures[0] if failures else None).refuse(context)
 
         return handle

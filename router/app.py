@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from neo_common import metrics
 from neo_common.grpc.server import ServiceServer
 from protos.neo.v1 import router_pb2, router_pb2_grpc
+from router import compat
 from router.backend import Backend
 from router.config import RouterConfig
 from router.forward import SERVICE, Forwarder, RelayLimits
@@ -50,8 +51,10 @@ class Router:
         )
         self.server = ServiceServer(
             config.listen,
-            [SERVICE, ROUTER_SERVICE],
-            counted=lambda method: method.startswith(f"/{SERVICE.full_name}/"),
+            [SERVICE, ROUTER_SERVICE, *compat.SERVICES],
+            counted=lambda method: (
+                method.startswith(f"/{SERVICE.full_name}/") or method in compat.GENERATING
+            ),
             max_message_bytes=config.max_message_mib << 20,
         )
         forwarder = Forwarder(
@@ -60,7 +63,8 @@ class Router:
             self._metrics,
             RelayLimits(config.max_attempts, config.abort_seconds, config.retry_after_seconds),
         )
-        self.server.grpc.add_generic_rpc_handlers((forwarder.handler(),))
+        compatible = compat.handlers(forwarder, self.registry.usable, self.server.guard.admitted)
+        self.server.grpc.add_generic_rpc_handlers((forwarder.handler(), *compatible))
         router_pb2_grpc.add_RouterServiceServicer_to_server(
             RouterServicer(self.registry, DRAIN_CALL_SECONDS), self.server.grpc
         )

@@ -158,7 +158,24 @@ class Forwarder:
     def _abort(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """Request ids are not known here: every backend that may hold requests is asked."""
 
-        async def ask(backend: Backend, request: bytes, context: Context) -> bytes | Failure:
+        async def handle(request: bytes, context: Context) -> bytes:
+            with self._gate.enter(), self._metrics.measure(path) as measured:
+                failures: list[Failure] = []
+                for answer in await self.ask_all(path, request, context):
+                    if isinstance(answer, bytes):
+                        return answer
+                    failures.append(answer)
+                # A backend that did not answer may hold the request: NOT_FOUND might be a lie.
+                failures.sort(key=lambda failure: failure.code is grpc.StatusCode.NOT_FOUND)
+                measured.code = failures[0].code.name if failures else "UNAVAILABLE"
+                return await self._told(failures[0] if failures else None).refuse(context)
+
+        return handle
+
+    async def ask_all(self, path: str, request: bytes, context: Context) -> list[bytes | Failure]:
+        """What each reachable backend answers to a unary call of a few seconds at most."""
+
+        async def ask(backend: Backend) -> bytes | Failure:
             left = context.time_remaining()
             limit = self._limits.abort_seconds
             try:
@@ -172,19 +189,4 @@ class Forwarder:
             except grpc.aio.AioRpcError as error:
                 return Failure.of(error)
 
-        async def handle(request: bytes, context: Context) -> bytes:
-            with self._gate.enter(), self._metrics.measure(path) as measured:
-                answers = await asyncio.gather(
-                    *(ask(backend, request, context) for backend in self._registry.reachable())
-                )
-                failures: list[Failure] = []
-                for answer in answers:
-                    if isinstance(answer, bytes):
-                        return answer
-                    failures.append(answer)
-                # A backend that did not answer may hold the request: NOT_FOUND might be a lie.
-                failures.sort(key=lambda failure: failure.code is grpc.StatusCode.NOT_FOUND)
-                measured.code = failures[0].code.name if failures else "UNAVAILABLE"
-                return await self._told(failures[0] if failures else None).refuse(context)
-
-        return handle
+        return await asyncio.gather(*(ask(backend) for backend in self._registry.reachable()))

@@ -179,12 +179,16 @@ class KserveServicer(pb_grpc.GRPCInferenceServiceServicer):
             finally:
                 room.release()
 
+        broken: Malformed | None = None
         async with asyncio.TaskGroup() as group:
             async for request in requests:
                 if isinstance(request, Malformed):
-                    raise request.error()
+                    broken = request
+                    break
                 await room.acquire()
                 group.create_task(run(request))
+        if broken is not None:
+            raise broken.error()
 
     async def _run(
         self,

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from protos.compat import kserve_pb2, vllm_engine_pb2
 from protos.neo.v1 import cpu_attention_pb2, engine_pb2, inference_pb2, router_pb2
 
 REPO = Path(__file__).resolve().parents[2]
 GPU = "tests/integration/test_gpu_service.py"
 CPU = "tests/integration/test_offload_protocol.py"
 ROUTER = "tests/integration/test_router.py"
+COMPATIBLE = "tests/integration/test_compatible_apis.py"
 
 TESTS: dict[str, tuple[str, str]] = {
     "InferenceService.Generate": (
@@ -58,12 +60,68 @@ TESTS: dict[str, tuple[str, str]] = {
         f"{ROUTER}::test_draining_a_backend_lets_its_streams_finish",
         f"{ROUTER}::test_draining_what_is_not_there",
     ),
+    "GRPCInferenceService.ServerLive": (
+        f"{COMPATIBLE}::test_triton_describes_the_model", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "GRPCInferenceService.ServerReady": (
+        f"{COMPATIBLE}::test_triton_describes_the_model", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "GRPCInferenceService.ModelReady": (
+        f"{COMPATIBLE}::test_triton_describes_the_model", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "GRPCInferenceService.ServerMetadata": (
+        f"{COMPATIBLE}::test_triton_describes_the_model", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "GRPCInferenceService.ModelMetadata": (
+        f"{COMPATIBLE}::test_triton_describes_the_model", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "GRPCInferenceService.RepositoryIndex": (
+        f"{COMPATIBLE}::test_triton_describes_the_model", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "GRPCInferenceService.ModelConfig": (
+        f"{COMPATIBLE}::test_triton_describes_the_model", f"{COMPATIBLE}::test_triton_is_refused",
+    ),
+    "GRPCInferenceService.ModelInfer": (
+        f"{COMPATIBLE}::test_triton_infers", f"{COMPATIBLE}::test_triton_is_refused",
+    ),
+    "GRPCInferenceService.ModelStreamInfer": (
+        f"{COMPATIBLE}::test_triton_streams", f"{COMPATIBLE}::test_triton_streams",
+    ),
+    "VllmEngine.Generate": (
+        f"{COMPATIBLE}::test_vllm_generates", f"{COMPATIBLE}::test_vllm_is_refused",
+    ),
+    "VllmEngine.GetLoads": (
+        f"{COMPATIBLE}::test_vllm_describes_the_engine", f"{COMPATIBLE}::test_vllm_is_refused",
+    ),
+    "VllmEngine.Abort": (
+        f"{COMPATIBLE}::test_vllm_aborts", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "VllmEngine.HealthCheck": (
+        f"{COMPATIBLE}::test_vllm_describes_the_engine", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "VllmEngine.GetModelInfo": (
+        f"{COMPATIBLE}::test_vllm_describes_the_engine", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "VllmEngine.GetServerInfo": (
+        f"{COMPATIBLE}::test_vllm_describes_the_engine", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
+    "VllmEngine.GetTokenizer": (
+        f"{COMPATIBLE}::test_vllm_describes_the_engine", f"{COMPATIBLE}::test_malformed_bytes",
+    ),
 }  # fmt: skip
 """RPC -> (where it succeeds, where it fails)."""
 
+FILES = (
+    inference_pb2,
+    engine_pb2,
+    cpu_attention_pb2,
+    router_pb2,
+    kserve_pb2,
+    vllm_engine_pb2,
+)
 RPCS = sorted(
     f"{service.name}.{method.name}"
-    for file in (inference_pb2, engine_pb2, cpu_attention_pb2, router_pb2)
+    for file in FILES
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 )

@@ -23,7 +23,8 @@ def out_of_memory(
     """The newest prompt chunk ends, or the newest decode row without chunks, which take most.
     `landed`: what was under way, and has come to nothing."""
     chunks = {row.key for batch in plan.batches for row in batch.prefill}
-    decode = {row.key for batch in plan.batches for row in (*batch.gpu_decode, *batch.host_decode)}
+    rows = (row for b in plan.batches for row in (*b.gpu_decode, *b.streamed, *b.host_decode))
+    decode = {row.key for row in rows}
     victim = max(chunks or decode or {flight.key for flight in landed})
     void = (chunks | decode) - {victim}
     return SweepResult(

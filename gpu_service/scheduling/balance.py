@@ -72,6 +72,7 @@ def split(batch: SubBatch, costs: LayerCosts | None = None) -> tuple[SubBatch, .
         SubBatch(
             prefill=batch.prefill,
             gpu_decode=batch.gpu_decode,
+            streamed=batch.streamed,
             host_decode=tuple(row for row in rows if row.key not in second),
         ),
         SubBatch(host_decode=tuple(row for row in rows if row.key in second)),

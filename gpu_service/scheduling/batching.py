@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from gpu_service.scheduling.plan import DecodeRow, PrefillRow, SubBatch, Tier
 from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.state import SchedulerState
+from gpu_service.scheduling.streaming import streamed
 
 
 class BatchBuilder:
@@ -19,10 +20,11 @@ class BatchBuilder:
         self._iteration = iteration
         self._prefill: list[PrefillRow] = []
         self._decode: dict[Tier, list[DecodeRow]] = {tier: [] for tier in Tier}
+        self._streamed: list[DecodeRow] = []
 
-    def add(self, choice: Choice) -> None:
+    def add(self, choice: Choice, *, streams: bool = False) -> None:
         """The next tokens of a running choice: one if it is decoding, else as long a chunk as the
-        budget allows."""
+        budget allows. `streams`: it decodes on the device, over its KV on the host."""
         assert self.budget > 0
         assert choice.tier is not None
         choice.last_planned = self._iteration
@@ -33,7 +35,7 @@ class BatchBuilder:
                 length=choice.length,
                 blocks=choice.table.view(),
             )
-            self._decode[choice.tier].append(row)
+            (self._streamed if streams else self._decode[choice.tier]).append(row)
             self.budget -= 1
             return
         end = min(choice.length, choice.computed + self.budget)
@@ -44,6 +46,7 @@ class BatchBuilder:
         batch = SubBatch(
             prefill=tuple(self._prefill),
             gpu_decode=tuple(self._decode[Tier.GPU]),
+            streamed=tuple(self._streamed),
             host_decode=tuple(self._decode[Tier.HOST]),
         )
         return (batch,) if batch.tokens else ()
@@ -77,11 +80,14 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
         and choice.flight is None
     ]
     decoding = [choice for choice in ready if choice.is_decoding]
-    if state.limits.cohorts:
-        starting = cohort(state, [choice for choice in decoding if choice.tier is Tier.HOST])
-        decoding = [c for c in decoding if c.tier is Tier.GPU or c in starting]
+    host = [choice for choice in decoding if choice.tier is Tier.HOST]
+    limits = state.limits
+    streams = streamed(host, limits.streamed_blocks, limits.block_tokens, state.host_sweep_ms)
+    if limits.cohorts:
+        going = streams | cohort(state, host, streams)
+        decoding = [c for c in decoding if c.tier is Tier.GPU or c in going]
     for choice in _fair(decoding, batch.budget):
-        batch.add(choice)
+        batch.add(choice, streams=choice in streams)
     for choice in ready:
         if batch.budget == 0:
             return
@@ -89,14 +95,16 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
             batch.add(choice)
 
 
-def cohort(state: SchedulerState, ready: Sequence[Choice]) -> set[Choice]:
+def cohort(state: SchedulerState, ready: Sequence[Choice], streams: set[Choice]) -> set[Choice]:
     """Who of the host's choices starts its next token in this sweep: those that have waited
     longest, up to one cohort's share of the KV there, so that the host has as much to read in one
-    layer as in another."""
-    share = sum(c.length for c in state.running if c.tier is Tier.HOST) / state.limits.cohorts
+    layer as in another. `streams`: those whose KV the host does not read."""
+    theirs = [c for c in state.running if c.tier is Tier.HOST and c not in streams]
+    share = sum(choice.length for choice in theirs) / state.limits.cohorts
     starting: set[Choice] = set()
     tokens = 0
-    for choice in sorted(ready, key=lambda choice: choice.last_planned):
+    waiting = (choice for choice in ready if choice not in streams)
+    for choice in sorted(waiting, key=lambda choice: choice.last_planned):
         if starting and tokens + choice.length / 2 > share:
             break
         if state.limits.cohort_rows and len(starting) == state.limits.cohort_rows:

@@ -34,6 +34,9 @@ class SchedulerLimits:
     """Host rows that may start in one sweep; 0: any number."""
     asymmetric: bool = False
     """Host decode rows are split over two sub-batches, which take turns with the device."""
+    streamed_blocks: int = 0
+    """Most host blocks that one sweep reads over the link, for rows that attend on the device; 0:
+    none do."""
     host_prefill: bool = True
     """Prompts may be computed for the host tier. Else every choice starts on the GPU tier, and is
     demoted once it decodes."""
@@ -58,6 +61,7 @@ class SchedulerLimits:
             "force_migration_every",
             "cohorts",
             "cohort_rows",
+            "streamed_blocks",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

@@ -3,7 +3,7 @@
 One iteration is a sweep of one or two sub-batches over all layers. Dense layers see the rows of a
 sub-batch in this order:
 
-    | prefill chunks (either tier) ... | GPU decode ... | host decode ... |
+    | prefill chunks (either tier) ... | GPU decode ... | streamed ... | host decode ... |
 
 Host rows come last, so that the rows before them can go on when their results are not there yet.
 """
@@ -115,23 +115,27 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class SubBatch:
-    """The rows of one lane. At least one of the three is not empty."""
+    """The rows of one lane. At least one of the four is not empty."""
 
     prefill: tuple[PrefillRow, ...] = ()
     gpu_decode: tuple[DecodeRow, ...] = ()
     host_decode: tuple[DecodeRow, ...] = ()
+    streamed: tuple[DecodeRow, ...] = ()
+    """Rows whose KV is in the host pool and stays there, but that attend on the device: their
+    blocks are read over the link, one layer ahead. ASYMMETRIC: of the first sub-batch alone."""
 
     @property
     def tokens(self) -> int:
         """Rows of the dense layers."""
         chunks = sum(len(row.token_ids) for row in self.prefill)
-        return chunks + len(self.gpu_decode) + len(self.host_decode)
+        return chunks + len(self.gpu_decode) + len(self.streamed) + len(self.host_decode)
 
     @property
     def sampled_keys(self) -> Iterator[int]:
         """Choices that get a token if all goes well, in the order of their rows."""
         yield from (row.key for row in self.prefill if row.samples)
         yield from (row.key for row in self.gpu_decode)
+        yield from (row.key for row in self.streamed)
         yield from (row.key for row in self.host_decode)
 
 

@@ -195,7 +195,7 @@ class Scheduler:
         for batch in plan.batches:
             for chunk in batch.prefill:
                 self._launch(chunk.key, len(chunk.token_ids))
-            for row in itertools.chain(batch.gpu_decode, batch.host_decode):
+            for row in itertools.chain(batch.gpu_decode, batch.streamed, batch.host_decode):
                 self._launch(row.key, 1)
             if plan.mode is Mode.DEFERRED:
                 for row in batch.host_decode:
@@ -218,7 +218,7 @@ class Scheduler:
                 if chunk.start == 0:  # maybe anew, since its KV was thrown away half-way
                     self._prompt_logprobs.pop(chunk.key, None)
                 self._arrive(plan, chunk.key, chunk.tier, len(chunk.token_ids), result, now)
-            for row in batch.gpu_decode:
+            for row in itertools.chain(batch.gpu_decode, batch.streamed):
                 self._arrive(plan, row.key, Tier.GPU, 1, result, now)
             if plan.mode is not Mode.DEFERRED:
                 for row in batch.host_decode:
@@ -276,7 +276,7 @@ class Scheduler:
         if plan.mode is not Mode.INLINE:
             return  # takes as long as its host rows, and maybe has no others
         (batch,) = plan.batches
-        if not batch.host_decode:
+        if not batch.host_decode and not batch.streamed:
             context = sum(row.length for row in batch.gpu_decode)
             milliseconds = 1e3 * result.device_seconds
             self.costs.observe(batch.tokens, bool(batch.prefill), context, milliseconds)

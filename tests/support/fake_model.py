@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from gpu_service.engine.messages import RequestUsage, SamplingSpec, Submit, TokenLogprob
+from gpu_service.kv.table import blocks_for
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import (
@@ -197,16 +198,19 @@ class Machine:
         keys = [
             row.key
             for batch in plan.batches
-            for row in (*batch.prefill, *batch.gpu_decode, *batch.host_decode)
+            for row in (*batch.prefill, *batch.gpu_decode, *batch.streamed, *batch.host_decode)
         ]
         assert len(keys) == len(set(keys)), "a choice has two rows in one iteration"
         assert all(batch.tokens for batch in plan.batches)
         assert len(plan.batches) <= (2 if plan.mode is Mode.ASYMMETRIC else 1)
+        streamed = [row for batch in plan.batches for row in batch.streamed]
+        read = sum(blocks_for(row.length, bounds.block_tokens) for row in streamed)
+        assert read <= bounds.streamed_blocks
         if plan.mode is Mode.ASYMMETRIC:
             second = plan.batches[1]
             assert second.tokens == len(second.host_decode) > 0, "it attends on the device"
         if self.host is not HostTierState.UP:
-            assert not any(batch.host_decode for batch in plan.batches)
+            assert not any(batch.host_decode or batch.streamed for batch in plan.batches)
             assert all(row.tier is Tier.GPU for b in plan.batches for row in b.prefill)
             assert not plan.migrations
 
@@ -232,6 +236,7 @@ class Machine:
                 if chunk.samples:
                     tokens[chunk.key] = self._next(chunk.key, end)
             decode = [(Tier.GPU, r) for r in batch.gpu_decode]
+            decode += [(Tier.HOST, r) for r in batch.streamed]
             if plan.mode is not Mode.DEFERRED:
                 decode += [(Tier.HOST, r) for r in batch.host_decode]
             for tier, row in decode:

@@ -58,6 +58,10 @@ class GpuServiceConfig:
     """Host pool to ask each cpu_service for."""
     host_kv_dtype: str = "auto"
     """`auto` is the model's dtype (exact); `int8` halves bytes at a stated error."""
+    streamed_kv_blocks: int = 0
+    """Most host blocks that one iteration reads over the link, for requests on the host tier that
+    attend on the device. Staging for them, twice as many blocks of one layer, is taken from the
+    GPU pool. 0: none do. On cuda needs `offload_mode` `deferred`."""
     lease_seconds: float = 30.0
     """How long host-tier requests wait for a cpu_service that has gone."""
     sweep_deadline_ms: float = 2000.0
@@ -129,6 +133,7 @@ _POSITIVE = (
     "max_waiting_requests",
 )
 _NOT_NEGATIVE = (
+    "streamed_kv_blocks",
     "max_batch_tokens",
     "threads",
     "max_context_tokens",

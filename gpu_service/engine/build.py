@@ -18,11 +18,12 @@ from gpu_service.model.spec import read_spec
 from gpu_service.offload.factory import host_shape, open_host_tier
 from gpu_service.offload.host_tier import HostTier
 from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
-from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv
+from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv, staging_cost
 from gpu_service.pipeline.launch import Runner
 from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts
 from gpu_service.pipeline.runner import PlanRunner
+from gpu_service.pipeline.streamed import Staging
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.scheduler import Scheduler
@@ -105,7 +106,8 @@ def assemble(
     threads: ThreadPool | None,
     sweeps: CudaSweeps | None = None,
 ) -> BuiltCore:
-    """A core from its parts; tests pass a host tier of their own. `sweeps`: on a CUDA device."""
+    """A core from its parts; tests pass a host tier of their own. `threads`: on a CPU; `sweeps`: on
+    a CUDA device."""
     spec = model.spec
     # Longer requests would fit on neither tier.
     capacity = max(gpu.blocks, host.blocks) * config.block_tokens
@@ -113,6 +115,9 @@ def assemble(
     costs: SweepCosts | None = None
     if sweeps is not None and model.device.type == "cuda":
         costs = sweeps.costs()
+    staging = None
+    if threads is not None and config.streamed_kv_blocks and host.blocks:
+        staging = Staging(geometry, model.dtype, config.streamed_kv_blocks, threads)
     scheduler = Scheduler(
         SchedulerLimits(
             gpu_blocks=gpu.blocks,
@@ -128,12 +133,13 @@ def assemble(
             cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
             asymmetric=config.offload_mode == "asymmetric",
             cohort_rows=sweeps.table.host if sweeps is not None else 0,
+            streamed_blocks=staging.blocks if staging is not None else 0,
             host_prefill=sweeps is None or not sweeps.table.host,
             force_migration_every=config.force_migration_every,
         ),
         costs,
     )
-    parts = EngineParts(model, geometry, gpu, host)
+    parts = EngineParts(model, geometry, gpu, host, staging)
     sampler = Sampler(spec.eos_token_ids)
     inline = PlanRunner(parts, sampler, Migrator(parts, threads))
     runner: Runner = inline
@@ -150,6 +156,19 @@ def assemble(
         offload_transport=config.offload_transport if host.blocks else "",
     )
     return BuiltCore(EngineCore(scheduler, runner, host, spec.vocab_size), ready)
+
+
+def without_staging(config: GpuServiceConfig, blocks: int, layers: int) -> int:
+    """What is left of a GPU pool of so many blocks once staging has its share."""
+    if config.offload == "never" or not config.cpu_services:
+        return blocks
+    left = blocks - staging_cost(config.streamed_kv_blocks, layers)
+    if left < 1:
+        raise ValueError(
+            f"streamed_kv_blocks: staging for {config.streamed_kv_blocks} blocks takes "
+            f"{blocks - left} of {blocks} GPU blocks"
+        )
+    return left
 
 
 def deferred_limits(
@@ -220,6 +239,7 @@ def open_cpu_kv(
     blocks = config.gpu_kv_blocks or int(config.gpu_kv_gib * _GIB) // block_bytes
     if blocks < 1:
         raise ValueError(f"gpu_kv_gib is smaller than one KV block of {block_bytes} bytes")
+    blocks = without_staging(config, blocks, geometry.layers)
     try:
         return CpuDeviceKv(geometry, dtype, blocks, threads)
     except OSError as error:

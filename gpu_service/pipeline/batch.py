@@ -33,7 +33,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """One sub-batch on the device. Rows: prefill chunks, then GPU decode, then host decode."""
+    """One sub-batch on the device. Rows: prefill chunks, GPU decode, streamed, host decode."""
 
     token_ids: torch.Tensor
     """`[tokens]` int64"""
@@ -43,6 +43,10 @@ class DeviceBatch:
     gpu_rows: slice
     gpu_tables: DecodeTables | None
     """None without GPU decode rows."""
+    streamed_rows: slice
+    streamed_keys: tuple[int, ...]
+    streamed_tables: DecodeTables | None
+    """Of the host pool; None without streamed rows."""
     host_rows: slice
     host_keys: tuple[int, ...]
     """Choices of the host decode rows."""
@@ -63,8 +67,8 @@ def device_batch(batch: SubBatch, block_tokens: int, device: torch.device) -> De
         chunks.append(_chunk(row, slice(place, end), block_tokens, device))
         place = end
     gpu_rows = slice(place, place + len(batch.gpu_decode))
-    host_rows = slice(gpu_rows.stop, total)
-    decode = (*batch.gpu_decode, *batch.host_decode)
+    streamed_rows = slice(gpu_rows.stop, gpu_rows.stop + len(batch.streamed))
+    decode = (*batch.gpu_decode, *batch.streamed, *batch.host_decode)
     if decode:
         numbers[0, place:] = [row.token_id for row in decode]
         numbers[1, place:] = [row.length - 1 for row in decode]
@@ -75,7 +79,10 @@ def device_batch(batch: SubBatch, block_tokens: int, device: torch.device) -> De
         chunks=tuple(chunks),
         gpu_rows=gpu_rows,
         gpu_tables=decode_tables(batch.gpu_decode, block_tokens),
-        host_rows=host_rows,
+        streamed_rows=streamed_rows,
+        streamed_keys=tuple(row.key for row in batch.streamed),
+        streamed_tables=decode_tables(batch.streamed, block_tokens),
+        host_rows=slice(streamed_rows.stop, total),
         host_keys=tuple(row.key for row in batch.host_decode),
         host_tables=decode_tables(batch.host_decode, block_tokens),
     )

@@ -122,7 +122,7 @@ class _Sweep:
         """The cohort that is in the dense layers beside the sub-batch's own rows."""
         self._waiting = waiting
         self._nobody = nobody
-        self._own = slice(0, batch.gpu_rows.stop)
+        self._own = slice(0, batch.host_rows.start)
         self._submits = any(cohort.flights for cohort in (starting, *waiting[:-1]))
         """The host expects rows in this sweep."""
         self.rows = DeviceRows(parts, batch)

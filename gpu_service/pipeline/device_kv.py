@@ -37,6 +37,11 @@ class DecodeTables:
     block_tables: npt.NDArray[np.int32]
 
 
+def staging_cost(streamed_blocks: int, layers: int) -> int:
+    """Blocks of the GPU pool that staging takes: so many blocks of two layers each."""
+    return -(-2 * streamed_blocks // layers)
+
+
 class DeviceKv(Protocol):
     """Block-paged K and V of every layer on the engine's device. Used by the engine core's thread.
 

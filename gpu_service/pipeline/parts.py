@@ -9,6 +9,7 @@ import torch
 from gpu_service.offload.host_tier import HostTier
 from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv
 from gpu_service.pipeline.model import DenseModel
+from gpu_service.pipeline.streamed import Staging
 from gpu_service.scheduling.plan import Flight
 
 
@@ -20,6 +21,8 @@ class EngineParts:
     geometry: AttentionGeometry
     gpu: DeviceKv
     host: HostTier
+    staging: Staging | None = None
+    """None where sweeps have no streamed rows."""
 
 
 @dataclass(frozen=True)

@@ -164,14 +164,14 @@ def _sampled_rows(
     """Choice -> the row of the state that its next token is drawn from."""
     chunks = zip(batch.prefill, on_device.chunks, strict=True)
     found = {row.key: chunk.rows.stop - 1 for row, chunk in chunks if row.samples}
-    decode = [*batch.gpu_decode]
+    decode = [*batch.gpu_decode, *batch.streamed]
     if mode is not Mode.DEFERRED:
         decode.extend(batch.host_decode)
     first = on_device.gpu_rows.start
     found.update((row.key, place) for place, row in enumerate(decode, first))
     if mode is Mode.DEFERRED:
         # A choice with a row of its own in this plan began anew since its flight started.
-        busy = {chunk.key for chunk in batch.prefill} | {row.key for row in batch.gpu_decode}
+        busy = {chunk.key for chunk in batch.prefill} | {row.key for row in decode}
         for place, flight in enumerate(outcome.finished, first + len(decode)):
             if flight.key not in busy:
                 found[flight.key] = place

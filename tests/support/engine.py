@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from gpu_service.config import GpuServiceConfig
-from gpu_service.engine.build import assemble, build_core, geometry_of
+from gpu_service.engine.build import assemble, build_core, geometry_of, open_cpu_kv
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import (
     PromptLogprobs,
@@ -29,7 +29,7 @@ from gpu_service.engine.messages import (
 from gpu_service.model.model import CausalLM
 from gpu_service.offload.host_tier import HostRows, HostTier, HostTierStalled, HostTierState
 from gpu_service.offload.null_tier import NullHostTier
-from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
+from gpu_service.pipeline.cpu_kv import layout_of
 from gpu_service.pipeline.device_kv import AttentionGeometry
 from gpu_service.scheduling.plan import Tier
 from kernels.cpu import DType, KvLayout, KvPool, ThreadPool, decode_attention
@@ -196,7 +196,7 @@ def local_core(
     torch.set_num_threads(made.threads)
     geometry = geometry_of(model.spec, made.block_tokens)
     threads = ThreadPool(made.threads)
-    gpu = CpuDeviceKv(geometry, model.dtype, made.gpu_kv_blocks, threads)
+    gpu = open_cpu_kv(made, geometry, model.dtype, threads)
     tier: HostTier = NullHostTier()
     if host_blocks:
         tier = LocalHostTier(geometry, model.dtype, host_blocks, threads, **host)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from protos.neo.v1 import inference_pb2 as inference
 from protos.neo.v1 import types_pb2 as types
@@ -20,6 +20,34 @@ PLACEMENTS = {
 }
 
 MAX_MESSAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Structured:
+    """What each choice's text must be; exactly one field. See neo.v1.StructuredOutput."""
+
+    json_schema: str | Mapping[str, Any] | None = None
+    """A JSON Schema, as text or as what `json.loads` makes of it."""
+    regex: str | None = None
+    grammar: str | None = None
+    """Lark or GBNF."""
+    json_object: bool = False
+    choices: Sequence[str] = ()
+
+    def to_proto(self) -> types.StructuredOutput:
+        """Raises ValueError unless exactly one field is set."""
+        given = [each.name for each in fields(self) if getattr(self, each.name)]
+        if len(given) != 1:
+            raise ValueError("structured must set exactly one of its fields")
+        if self.choices:
+            return types.StructuredOutput(choices=types.ChoiceList(texts=self.choices))
+        schema = self.json_schema
+        return types.StructuredOutput(
+            json_schema=schema if schema is None or isinstance(schema, str) else json.dumps(schema),
+            regex=self.regex,
+            grammar=self.grammar,
+            json_object=self.json_object or None,
+        )
 
 
 @dataclass(frozen=True)
@@ -44,6 +72,7 @@ class Sampling:
     n: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: Structured | None = None
 
     def to_proto(self) -> types.SamplingParams:
         """Raises ValueError, naming the field, for what the message cannot even hold."""
@@ -53,7 +82,9 @@ class Sampling:
             if value is None:
                 continue
             try:
-                if isinstance(value, Mapping):
+                if isinstance(value, Structured):
+                    message.structured.CopyFrom(value.to_proto())
+                elif isinstance(value, Mapping):
                     getattr(message, each.name).update(value)
                 elif isinstance(value, Sequence) and not isinstance(value, str):
                     getattr(message, each.name).extend(value)

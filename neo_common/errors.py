@@ -47,6 +47,8 @@ class Reason(enum.StrEnum):
     SESSION_EXISTS = "SESSION_EXISTS"
     TOO_MANY_SESSIONS = "TOO_MANY_SESSIONS"
     OUT_OF_HOST_MEMORY = "OUT_OF_HOST_MEMORY"
+    GRAMMAR_FAILED = "GRAMMAR_FAILED"
+    """What the output must follow became too complex while it was generated."""
     NUMERICAL = "NUMERICAL"
     """The model produced NaN for this request."""
     INTERNAL_ERROR = "INTERNAL_ERROR"
@@ -80,6 +82,7 @@ _STATUS = {
     Reason.SESSION_EXISTS: grpc.StatusCode.ALREADY_EXISTS,
     Reason.TOO_MANY_SESSIONS: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.OUT_OF_HOST_MEMORY: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.GRAMMAR_FAILED: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.NUMERICAL: grpc.StatusCode.INTERNAL,
     Reason.INTERNAL_ERROR: grpc.StatusCode.INTERNAL,
 }

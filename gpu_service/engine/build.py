@@ -15,6 +15,8 @@ from gpu_service.kv.table import blocks_for
 from gpu_service.model.model import CausalLM, Progress, load_model
 from gpu_service.model.sampling import Sampler
 from gpu_service.model.spec import read_spec
+from gpu_service.model.structured import Guides
+from gpu_service.model.tokenizer import load_tokenizer
 from gpu_service.offload.factory import host_shape, open_host_tier
 from gpu_service.offload.host_tier import HostTier
 from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
@@ -155,7 +157,9 @@ def assemble(
         dtype=str(model.dtype).removeprefix("torch."),
         offload_transport=config.offload_transport if host.blocks else "",
     )
-    return BuiltCore(EngineCore(scheduler, runner, host, spec.vocab_size), ready)
+    guides = Guides(lambda: load_tokenizer(config.model), spec.vocab_size)
+    core = EngineCore(scheduler, runner, host, spec.vocab_size, guides=guides)
+    return BuiltCore(core, ready)
 
 
 def without_staging(config: GpuServiceConfig, blocks: int, layers: int) -> int:

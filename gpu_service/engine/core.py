@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from gpu_service.engine.messages import Abort, Command, Load, Output, Shutdown, Submit, TierLoad
 from gpu_service.engine.statistics import IterationStatistics
 from gpu_service.model.sampling import SamplingRow
+from gpu_service.model.structured import Guide, Guides
 from gpu_service.offload.host_tier import HostTier
 from gpu_service.pipeline.launch import LaunchedSweep, Runner
 from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult, Tier
@@ -28,8 +29,9 @@ class SamplingRows(Mapping[int, SamplingRow]):
     """Choice -> its row for the sampler, made once; the row follows the choice's output as it
     grows."""
 
-    def __init__(self, running: Mapping[int, Choice]) -> None:
+    def __init__(self, running: Mapping[int, Choice], guides: Guides | None) -> None:
         self._running = running
+        self._guides = guides
         self._rows: WeakKeyDictionary[Choice, SamplingRow] = WeakKeyDictionary()
 
     def __getitem__(self, key: int) -> SamplingRow:
@@ -37,9 +39,18 @@ class SamplingRows(Mapping[int, SamplingRow]):
         row = self._rows.get(choice)
         if row is None:
             request = choice.request
-            row = SamplingRow(request.submit.sampling, request.prompt, choice.output, choice.index)
+            spec = request.submit.sampling
+            row = SamplingRow(
+                spec, request.prompt, choice.output, choice.index, self._guide(spec.grammar)
+            )
             self._rows[choice] = row
         return row
+
+    def _guide(self, grammar: str) -> Guide | None:
+        if not grammar:
+            return None
+        assert self._guides is not None, "the front end sends grammars only where they are served"
+        return self._guides.guide(grammar)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._running)
@@ -82,13 +93,15 @@ class EngineCore:
         host: HostTier,
         vocab_size: int,
         clock: Callable[[], float] = time.monotonic,
+        guides: Guides | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.host = host
         self.vocab_size = vocab_size
         self._runner = runner
         self._clock = clock
-        self._sampling = SamplingRows(scheduler.state.running_by_key)
+        self._guides = guides
+        self._sampling = SamplingRows(scheduler.state.running_by_key, guides)
         self._statistics = IterationStatistics()
         self._tokens = dict.fromkeys(Tier, 0)
         self._stopping = False
@@ -112,6 +125,8 @@ class EngineCore:
                 # Refusing it would end the live one, whose id it carries.
                 _LOG.error("the front end submitted a request id twice; the second is ignored")
                 return
+            if command.sampling.grammar and self._guides is not None:
+                self._guides.prepare(command.sampling.grammar)  # compiles while the request waits
             self.scheduler.submit(command, self._clock())
         elif isinstance(command, Abort):
             self.scheduler.abort(command.request_id, command.index, self._clock())
@@ -152,6 +167,8 @@ class EngineCore:
 
     def close(self) -> None:
         """End the session with the cpu_service."""
+        if self._guides is not None:
+            self._guides.close()
         self._runner.close()
         self.host.close()
 

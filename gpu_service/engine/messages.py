@@ -31,6 +31,8 @@ class SamplingSpec(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str = ""
+    """What the output must follow, in llguidance's form; see gpu_service.model.structured."""
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -9,7 +9,9 @@ from typing import Any
 from gpu_service.frontend import validate
 from gpu_service.frontend.dispatch import Dispatcher, LiveRequest
 from gpu_service.frontend.metrics import FrontendMetrics
+from gpu_service.frontend.structured import grammar_of
 from gpu_service.frontend.validate import ServedModel, invalid
+from gpu_service.model.structured import GrammarChecker
 from gpu_service.model.tokenizer import Tokenizer
 from neo_common.errors import Reason, ServiceError
 from neo_common.model_spec import ModelSpec
@@ -33,6 +35,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self._tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._grammars = GrammarChecker(tokenizer, spec.vocab_size)
         self._model: ServedModel | None = None
         self._dtype = ""
 
@@ -63,6 +66,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             self._tokenizer,
             now=arrival,
             seconds_left=context.time_remaining(),
+            grammar=await grammar_of(request.sampling, self._grammars),
         )
         identity = parsed.submit.request_id
         async with self._dispatcher.open(parsed) as live:

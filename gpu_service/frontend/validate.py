@@ -79,10 +79,12 @@ async def parse_request(
     *,
     now: float,
     seconds_left: float | None,
+    grammar: str = "",
 ) -> ParsedRequest:
     """Raises ServiceError (INVALID_ARGUMENT) naming the field.
 
-    now: time.monotonic(). seconds_left: until the client's deadline."""
+    now: time.monotonic(). seconds_left: until the client's deadline. grammar: see
+    `gpu_service.frontend.structured`."""
     check_model(request.model, model)
     if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
         raise invalid("request_id", f"has more than {MAX_REQUEST_ID_CHARACTERS} characters")
@@ -94,7 +96,7 @@ async def parse_request(
             request.WhichOneof("prompt") or "prompt",
             f"has {len(prompt)} tokens; at most {model.max_context_tokens - 1} can be served",
         )
-    sampling = sampling_spec(request.sampling, model, room)
+    sampling = sampling_spec(request.sampling, model, room, grammar)
     submit = Submit(
         request_id=request.request_id or uuid.uuid4().hex,
         prompt_token_ids=prompt,
@@ -199,7 +201,9 @@ def _stop_strings(request: inference.GenerateRequest) -> tuple[str, ...]:
     return stop
 
 
-def sampling_spec(params: types.SamplingParams, model: ServedModel, room: int) -> SamplingSpec:
+def sampling_spec(
+    params: types.SamplingParams, model: ServedModel, room: int, grammar: str = ""
+) -> SamplingSpec:
     """Defaults filled in. room: tokens that fit behind the prompt."""
 
     def given(name: Any, default: Any) -> Any:
@@ -232,6 +236,7 @@ def sampling_spec(params: types.SamplingParams, model: ServedModel, room: int) -
         n=given("n", 1),
         logprobs=given("logprobs", None),
         prompt_logprobs=given("prompt_logprobs", None),
+        grammar=grammar,
     )
     _check_ranges(spec, given("max_tokens", room))
     return spec

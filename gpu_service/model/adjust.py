@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from gpu_service.engine.messages import SamplingSpec
+from gpu_service.model.structured import Guide, Words
 
 _Ids = npt.NDArray[np.int64]
 
@@ -30,6 +31,8 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     choice_index: int = 0
+    guide: Guide | None = None
+    """Set exactly where the spec has a grammar."""
 
 
 def adjusted(
@@ -42,12 +45,13 @@ def adjusted(
     `positions`: number of the output token that each row draws, counted from 0.
 
     Order: repetition penalty, frequency and presence penalties, bias, then the tokens masked by
-    `min_tokens`.
+    `min_tokens` and by grammars. A row whose grammar can be followed no further has none left.
     """
     penalised = [i for i, row in enumerate(rows) if is_penalised(row.spec)]
     biased = [i for i, row in enumerate(rows) if row.spec.logit_bias]
     muted = [i for i, row in enumerate(rows) if positions[i] < row.spec.min_tokens]
-    if not (penalised or biased or muted):
+    guided = [i for i, row in enumerate(rows) if row.guide is not None]
+    if not (penalised or biased or muted or guided):
         return logits
     logits = logits.clone()
     flat = logits.view(-1)
@@ -60,7 +64,26 @@ def adjusted(
     for i in muted:
         ending = np.array([*eos_token_ids, *rows[i].spec.stop_token_ids], np.int64)
         logits[i, _to(logits, ending)] = float("-inf")
+    if guided:
+        _mask(logits, rows, guided)
     return logits
+
+
+def _mask(logits: torch.Tensor, rows: Sequence[SamplingRow], guided: Sequence[int]) -> None:
+    """Leave the guided rows what their grammars allow next. 32 tokens travel in a word."""
+    vocab = logits.shape[1]
+    masks = np.zeros((len(guided), -(-vocab // 32)), np.uint32)
+    for mask, i in zip(masks, guided, strict=True):
+        guide = rows[i].guide
+        assert guide is not None
+        allowed: Words | None = guide.allowed(rows[i].output_token_ids)
+        if allowed is not None:
+            mask[:] = allowed
+    words = _to(logits, masks.view(np.int32))
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
+    forbidden = (bits & 1).reshape(len(guided), -1)[:, :vocab] == 0
+    index = _to(logits, np.array(guided, np.int64))
+    logits[index] = logits[index].masked_fill_(forbidden, float("-inf"))
 
 
 def is_penalised(spec: SamplingSpec) -> bool:

@@ -14,4 +14,6 @@ def draws_on_device(spec: SamplingSpec) -> bool:
     """Whether the device draws for it, and the next sweep need not wait for this one's tokens;
     otherwise `gpu_service.model.sampling` draws, from the output that the host has heard of."""
     listed = max(spec.logprobs or 0, spec.prompt_logprobs or 0)
+    if spec.grammar:  # what may come next follows from what came
+        return False
     return len(spec.logit_bias) + len(spec.stop_token_ids) <= MOST_EDITS and listed <= MOST_LISTED

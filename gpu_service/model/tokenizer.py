@@ -43,6 +43,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    def to_json(self) -> str:
+        """In the form of a `tokenizer.json`."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. add_special_tokens: whatever the model puts around a text (often a
         beginning-of-sequence token). Special tokens written out in the text count as such.

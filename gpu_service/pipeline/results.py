@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gpu_service.model.adjust import SamplingRow
 from gpu_service.scheduling.plan import Failure, Flight, IterationPlan, SweepResult
 
 PROMPT_LOGPROB_ROWS = 64
@@ -32,7 +33,14 @@ def out_of_memory(
     )
 
 
-NOT_FINITE = Failure("NUMERICAL", "the model's logits for this request are not finite")
+def nothing_to_draw(row: SamplingRow | None) -> Failure:
+    """Why no token could be drawn. None: of a choice that has ended."""
+    if row is not None and row.guide is not None and row.guide.problem:
+        return Failure("GRAMMAR_FAILED", f"sampling.structured: {row.guide.problem}")
+    return _NOT_FINITE
+
+
+_NOT_FINITE = Failure("NUMERICAL", "the model's logits for this request are not finite")
 _OUT_OF_MEMORY = Failure(
     "OUT_OF_MEMORY", "memory ran out while this request was running; the engine goes on"
 )

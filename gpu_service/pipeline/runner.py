@@ -18,9 +18,9 @@ from gpu_service.pipeline.launch import DoneSweep
 from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts, LaneOutcome
 from gpu_service.pipeline.results import (
-    NOT_FINITE,
     PROMPT_LOGPROB_ROWS,
     is_out_of_memory,
+    nothing_to_draw,
     out_of_memory,
 )
 from gpu_service.scheduling.plan import (
@@ -129,7 +129,7 @@ class PlanRunner:
         rows = torch.tensor(list(chosen.values()), dtype=torch.int64, device=state.device)
         logits = self._parts.model.logits(state, rows)
         sampled = self._sampler.sample(logits, [sampling[key] for key in keys])
-        failed.update((keys[i], NOT_FINITE) for i in sampled.failed_rows())
+        failed.update((keys[i], nothing_to_draw(sampling[keys[i]])) for i in sampled.failed_rows())
         ids: list[int] = sampled.token_ids.tolist()
         for key, token_id, logprob in zip(keys, ids, sampled.logprobs, strict=True):
             if key not in failed:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from neo_client.client import Client
-from neo_client.options import PLACEMENTS, Prompt, Sampling, Scheduling
+from neo_client.options import PLACEMENTS, Prompt, Sampling, Scheduling, Structured
 from neo_client.stats import StreamStats
 
 DEFAULT_ADDRESS = "127.0.0.1:7000"
@@ -62,6 +63,7 @@ def add(subparsers: Any) -> None:
         help="add BIAS in [-100, 100] to a token's logit; repeatable",
     )  # fmt: skip
     sampling.add_argument("--ignore-eos", action="store_true", help="go on past the model's end")
+    add_structured(parser)
     placing = parser.add_argument_group("scheduling (see neo.v1.SchedulingParams)")
     placing.add_argument("--placement", choices=tuple(PLACEMENTS), help="where it may decode")
     placing.add_argument("--priority", type=int, default=0, help="-100 to 100 (default: 0)")
@@ -80,6 +82,38 @@ def add(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def add_structured(parser: argparse.ArgumentParser) -> None:
+    form = parser.add_argument_group("form of the answer (see neo.v1.StructuredOutput)")
+    only = form.add_mutually_exclusive_group()
+    only.add_argument("--json-schema", metavar="JSON|@FILE", type=text_or_file, help="JSON of it")
+    only.add_argument("--json", action="store_true", help="any JSON object")
+    only.add_argument("--regex", metavar="REGEX", help="matched by it as a whole")
+    only.add_argument("--grammar", metavar="TEXT|@FILE", type=text_or_file, help="Lark or GBNF")
+    only.add_argument(
+        "--choice", action="append", default=[], metavar="TEXT", help="one of these; repeatable"
+    )
+
+
+def text_or_file(text: str) -> str:
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text[1:]}: {error}") from None
+
+
+def structured_of(arguments: argparse.Namespace) -> Structured | None:
+    said = Structured(
+        json_schema=arguments.json_schema,
+        regex=arguments.regex,
+        grammar=arguments.grammar,
+        json_object=arguments.json,
+        choices=tuple(arguments.choice),
+    )
+    return None if said == Structured() else said
+
+
 def bias(text: str) -> tuple[int, float]:
     token, _, value = text.partition("=")
     try:
@@ -96,6 +130,7 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
         stop_token_ids=tuple(arguments.stop_token_id),
         logit_bias=dict(arguments.logit_bias),
         ignore_eos=arguments.ignore_eos,
+        structured=structured_of(arguments),
     )
 
 

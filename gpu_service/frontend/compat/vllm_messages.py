@@ -86,8 +86,17 @@ def sampling_params(params: vllm.SamplingParams) -> types.SamplingParams:
     for token, bias in params.logit_bias.items():
         sampling.logit_bias[_not_negative("logit_bias", token)] = bias
     if constraint := params.WhichOneof("constraint"):
-        raise invalid(f"sampling_params.{constraint}", "is not supported")
+        sampling.structured.CopyFrom(_structured(params, constraint))
     return sampling
+
+
+def _structured(params: vllm.SamplingParams, constraint: str) -> types.StructuredOutput:
+    if constraint == "structural_tag":
+        raise invalid("sampling_params.structural_tag", "is not supported")
+    if constraint == "choice":
+        choices = types.ChoiceList(texts=params.choice.choices)
+        return types.StructuredOutput(choices=choices)
+    return types.StructuredOutput(**{constraint: getattr(params, constraint)})
 
 
 def _not_negative(name: str, value: int) -> int:

@@ -23,7 +23,7 @@ from gpu_service.pipeline.cuda.logprobs import LandingLogprobs, SweepLogprobs
 from gpu_service.pipeline.cuda.sampling import DeviceDraws, Draw
 from gpu_service.pipeline.cuda.shapes import ShapeTable
 from gpu_service.pipeline.launch import DoneSweep, LaunchedSweep
-from gpu_service.pipeline.results import NOT_FINITE, is_out_of_memory, out_of_memory
+from gpu_service.pipeline.results import is_out_of_memory, nothing_to_draw, out_of_memory
 from gpu_service.pipeline.runner import PlanRunner
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import (
@@ -149,7 +149,10 @@ class CudaRunner:
         if plan.mode is Mode.DEFERRED:
             assert self._host is not None
             host = Beside(self._host, beside, self._host.send_status(), arriving)
-        return self._landing_sweep(shape, begin, logprobs, lost, host)
+        landing = self._landing_copy(shape)
+        end = self._mark()
+        events = (begin, end) if begin and end else None
+        return QueuedSweep(events, landing, self._drawn, sampling, logprobs, lost, host)
 
     def _mark(self) -> torch.cuda.Event | None:
         """Now, in the device's time."""
@@ -159,20 +162,12 @@ class CudaRunner:
         event.record()
         return event
 
-    def _landing_sweep(
-        self,
-        shape: SweepShape,
-        begin: torch.cuda.Event | None,
-        logprobs: SweepLogprobs,
-        lost: frozenset[int],
-        host: Beside | None,
-    ) -> QueuedSweep:
+    def _landing_copy(self, shape: SweepShape) -> torch.Tensor:
+        """Where the sweep's tokens will be on the host, which two sweeps in turn use."""
         self._turn ^= 1
         drawn, landing = self._sweeps.activations.drawn, self._landing[self._turn]
         landing[: shape.samples].copy_(drawn[: shape.samples], non_blocking=True)
-        end = self._mark()
-        events = (begin, end) if begin and end else None
-        return QueuedSweep(events, landing, self._drawn, logprobs, lost, host)
+        return landing
 
     # -- what greedy sweeps do without -------------------------------------------------------
 
@@ -330,10 +325,12 @@ class QueuedSweep:
         events: tuple[torch.cuda.Event, torch.cuda.Event] | None,
         landing: torch.Tensor,
         indices: dict[int, int],
+        sampling: Mapping[int, SamplingRow],
         logprobs: SweepLogprobs,
         lost: frozenset[int],
         host: Beside | None,
     ) -> None:
+        self._sampling = sampling
         self._events = events
         self._landing = landing
         self._indices = indices
@@ -364,7 +361,7 @@ class QueuedSweep:
         return SweepResult(
             tokens={k: SampledToken(t, logprobs.get(k)) for k, t in drawn.items() if t >= 0},
             lost=self._lost,
-            failed={key: NOT_FINITE for key, token in drawn.items() if token < 0},
+            failed={k: nothing_to_draw(self._sampling.get(k)) for k, t in drawn.items() if t < 0},
             landed=landed,
             prompt_logprobs=self._logprobs.of_prompts(),
             device_seconds=device_seconds,

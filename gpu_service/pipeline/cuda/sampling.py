@@ -37,6 +37,7 @@ class Draw(NamedTuple):
             and spec.logprobs is None
             and not is_penalised(spec)
             and not spec.logit_bias
+            and not spec.grammar
             and self.position >= spec.min_tokens
         )
 

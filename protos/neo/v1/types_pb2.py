@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12neo/v1/types.proto\x12\x06neo.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"-\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.neo.v1.ChatMessage\"\xb5\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x39\n\nlogit_bias\x18\t \x03(\x0b\x32%.neo.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nmax_tokens\x18\n \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0b \x01(\rH\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x0e\n\x01n\x18\x0f \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x8e\x01\n\x10SchedulingParams\x12$\n\tplacement\x18\x01 \x01(\x0e\x32\x11.neo.v1.Placement\x12\x10\n\x08priority\x18\x02 \x01(\x05\x12\x14\n\x07ttft_ms\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\x04 \x01(\x02H\x01\x88\x01\x01\x42\n\n\x08_ttft_msB\n\n\x08_tpot_ms\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"a\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x1f\n\x03top\x18\x04 \x03(\x0b\x32\x12.neo.v1.TopLogprob\"\xec\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x12\n\ngpu_tokens\x18\x03 \x01(\r\x12\x13\n\x0bhost_tokens\x18\x04 \x01(\r\x12\x11\n\tdemotions\x18\x05 \x01(\r\x12\x12\n\npromotions\x18\x06 \x01(\r\x12\x16\n\x0erecomputations\x18\x07 \x01(\r\x12\x15\n\rqueue_seconds\x18\x08 \x01(\x01\x12\x14\n\x0cttft_seconds\x18\t \x01(\x01\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\n \x01(\r*9\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0c\n\x08TIER_GPU\x10\x01\x12\r\n\tTIER_HOST\x10\x02*o\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0ePLACEMENT_AUTO\x10\x01\x12\x16\n\x12PLACEMENT_GPU_ONLY\x10\x02\x12\x1b\n\x17PLACEMENT_CPU_PREFERRED\x10\x03*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12neo/v1/types.proto\x12\x06neo.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"-\n\x04\x43hat\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.neo.v1.ChatMessage\"\xe3\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12\x39\n\nlogit_bias\x18\t \x03(\x0b\x32%.neo.v1.SamplingParams.LogitBiasEntry\x12\x17\n\nmax_tokens\x18\n \x01(\rH\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0b \x01(\rH\t\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x0e\n\x01n\x18\x0f \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12,\n\nstructured\x18\x12 \x01(\x0b\x32\x18.neo.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"\x95\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x04 \x01(\x08H\x00\x12%\n\x07\x63hoices\x18\x05 \x01(\x0b\x32\x12.neo.v1.ChoiceListH\x00\x42\x08\n\x06\x66ormat\"\x1b\n\nChoiceList\x12\r\n\x05texts\x18\x01 \x03(\t\"\x8e\x01\n\x10SchedulingParams\x12$\n\tplacement\x18\x01 \x01(\x0e\x32\x11.neo.v1.Placement\x12\x10\n\x08priority\x18\x02 \x01(\x05\x12\x14\n\x07ttft_ms\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x14\n\x07tpot_ms\x18\x04 \x01(\x02H\x01\x88\x01\x01\x42\n\n\x08_ttft_msB\n\n\x08_tpot_ms\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"a\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x1f\n\x03top\x18\x04 \x03(\x0b\x32\x12.neo.v1.TopLogprob\"\xec\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x12\n\ngpu_tokens\x18\x03 \x01(\r\x12\x13\n\x0bhost_tokens\x18\x04 \x01(\r\x12\x11\n\tdemotions\x18\x05 \x01(\r\x12\x12\n\npromotions\x18\x06 \x01(\r\x12\x16\n\x0erecomputations\x18\x07 \x01(\r\x12\x15\n\rqueue_seconds\x18\x08 \x01(\x01\x12\x14\n\x0cttft_seconds\x18\t \x01(\x01\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\n \x01(\r*9\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0c\n\x08TIER_GPU\x10\x01\x12\r\n\tTIER_HOST\x10\x02*o\n\tPlacement\x12\x19\n\x15PLACEMENT_UNSPECIFIED\x10\x00\x12\x12\n\x0ePLACEMENT_AUTO\x10\x01\x12\x16\n\x12PLACEMENT_GPU_ONLY\x10\x02\x12\x1b\n\x17PLACEMENT_CPU_PREFERRED\x10\x03*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_TIER']._serialized_start=1376
-  _globals['_TIER']._serialized_end=1433
-  _globals['_PLACEMENT']._serialized_start=1435
-  _globals['_PLACEMENT']._serialized_end=1546
-  _globals['_FINISHREASON']._serialized_start=1548
-  _globals['_FINISHREASON']._serialized_end=1670
+  _globals['_TIER']._serialized_start=1603
+  _globals['_TIER']._serialized_end=1660
+  _globals['_PLACEMENT']._serialized_start=1662
+  _globals['_PLACEMENT']._serialized_end=1773
+  _globals['_FINISHREASON']._serialized_start=1775
+  _globals['_FINISHREASON']._serialized_end=1897
   _globals['_TOKENIDS']._serialized_start=30
   _globals['_TOKENIDS']._serialized_end=53
   _globals['_CHATMESSAGE']._serialized_start=55
@@ -46,15 +46,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_start=101
   _globals['_CHAT']._serialized_end=146
   _globals['_SAMPLINGPARAMS']._serialized_start=149
-  _globals['_SAMPLINGPARAMS']._serialized_end=842
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=604
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=652
-  _globals['_SCHEDULINGPARAMS']._serialized_start=845
-  _globals['_SCHEDULINGPARAMS']._serialized_end=987
-  _globals['_TOPLOGPROB']._serialized_start=989
-  _globals['_TOPLOGPROB']._serialized_end=1036
-  _globals['_TOKENLOGPROBS']._serialized_start=1038
-  _globals['_TOKENLOGPROBS']._serialized_end=1135
-  _globals['_USAGE']._serialized_start=1138
-  _globals['_USAGE']._serialized_end=1374
+  _globals['_SAMPLINGPARAMS']._serialized_end=888
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=650
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=698
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=891
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1040
+  _globals['_CHOICELIST']._serialized_start=1042
+  _globals['_CHOICELIST']._serialized_end=1069
+  _globals['_SCHEDULINGPARAMS']._serialized_start=1072
+  _globals['_SCHEDULINGPARAMS']._serialized_end=1214
+  _globals['_TOPLOGPROB']._serialized_start=1216
+  _globals['_TOPLOGPROB']._serialized_end=1263
+  _globals['_TOKENLOGPROBS']._serialized_start=1265
+  _globals['_TOKENLOGPROBS']._serialized_end=1362
+  _globals['_USAGE']._serialized_start=1365
+  _globals['_USAGE']._serialized_end=1601
 # @@protoc_insertion_point(module_scope)

@@ -15,6 +15,7 @@ from neo_client import cli
 from neo_client.commands import demo, generate, load, serve
 from neo_client.errors import explain
 from neo_client.local.plan import make_plan, parse_override, with_port
+from neo_client.options import Structured
 from neo_client.stats import StreamStats
 from neo_common.errors import Reason, ServiceError
 from protos.neo.v1 import engine_pb2 as engine
@@ -32,8 +33,30 @@ def arguments(*words: str):  # type: ignore[no-untyped-def]
 
 def test_sampling_flags_cover_the_message() -> None:
     flags = {name.replace("-", "_") for name, _, _ in generate.SAMPLING_FLAGS}
-    others = {"stop", "stop_token_ids", "logit_bias", "ignore_eos"}
+    others = {"stop", "stop_token_ids", "logit_bias", "ignore_eos", "structured"}
     assert flags | others == {field.name for field in types_pb2.SamplingParams.DESCRIPTOR.fields}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), None),
+        (("--json",), Structured(json_object=True)),
+        (("--json-schema", "{}"), Structured(json_schema="{}")),
+        (("--regex", "a+"), Structured(regex="a+")),
+        (("--choice", "a", "--choice", "b"), Structured(choices=("a", "b"))),
+    ],
+)
+def test_the_form_of_the_answer(words: tuple[str, ...], expected: Structured | None) -> None:
+    assert generate.sampling_of(arguments("generate", "x", *words)).structured == expected
+
+
+def test_a_grammar_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "g.lark").write_text('start: "a"')
+    given = arguments("generate", "x", "--grammar", f"@{tmp_path}/g.lark")
+    assert generate.sampling_of(given).structured == Structured(grammar='start: "a"')
+    with pytest.raises(SystemExit):
+        arguments("generate", "x", "--grammar", f"@{tmp_path}/none")
 
 
 def test_sampling_from_flags() -> None:

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from neo_client.client import tokenize_request
-from neo_client.options import SERVICE_CONFIG, Prompt, Sampling, Scheduling, generate_request
+from neo_client.options import (
+    SERVICE_CONFIG,
+    Prompt,
+    Sampling,
+    Scheduling,
+    Structured,
+    generate_request,
+)
 from protos.neo.v1 import engine_pb2, inference_pb2, router_pb2, types_pb2
 
 
@@ -24,11 +31,13 @@ def test_every_field_arrives() -> None:
         "presence_penalty": -1.0, "frequency_penalty": 2.0, "seed": 2**63, "logit_bias": {5: -1.5},
         "max_tokens": 9, "min_tokens": 2, "stop": ["a", "b"], "stop_token_ids": [3],
         "ignore_eos": True, "n": 2, "logprobs": 0, "prompt_logprobs": 1,
+        "structured": Structured(regex="a+"),
     }  # fmt: skip
     assert set(said) == {field.name for field in types_pb2.SamplingParams.DESCRIPTOR.fields}
     message = Sampling(**said).to_proto()
     for name, value in said.items():
         got = getattr(message, name)
+        value = value.to_proto() if name == "structured" else value
         got = dict(got) if name == "logit_bias" else list(got) if isinstance(value, list) else got
         assert got == value, name
     assert message.HasField("logprobs"), "0 is not absent"
@@ -41,6 +50,16 @@ def test_every_field_arrives() -> None:
 def test_what_the_message_cannot_hold_names_the_field(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field} cannot be"):
         Sampling(**{field: value}).to_proto()
+
+
+def test_structured() -> None:
+    assert Structured({"type": "object"}).to_proto().json_schema == '{"type": "object"}'
+    assert Structured(json_schema="{}").to_proto().json_schema == "{}"
+    assert list(Structured(choices=["a", "b"]).to_proto().choices.texts) == ["a", "b"]
+    assert Structured(json_object=True).to_proto().json_object
+    for wrong in (Structured(), Structured(regex="a", json_object=True)):
+        with pytest.raises(ValueError, match="exactly one"):
+            wrong.to_proto()
 
 
 def test_scheduling() -> None:

@@ -1,0 +1,53 @@
+"""What a request says of the form of its output, checked, as the grammar that the core follows."""
+
+from __future__ import annotations
+
+import json
+
+from llguidance import LLMatcher, grammar_from
+
+from gpu_service.frontend.validate import invalid
+from gpu_service.model.structured import MAX_GRAMMAR_BYTES, GrammarChecker
+from protos.neo.v1 import types_pb2 as types
+
+FIELD = "sampling.structured"
+
+
+async def grammar_of(params: types.SamplingParams, checker: GrammarChecker) -> str:
+    """In llguidance's form; "" where any output will do. Raises ServiceError."""
+    if not params.HasField("structured"):
+        return ""
+    if params.ignore_eos:
+        raise invalid("sampling.ignore_eos", f"cannot be combined with {FIELD}")
+    if params.min_tokens:
+        raise invalid("sampling.min_tokens", f"cannot be combined with {FIELD}")
+    if params.structured.ByteSize() > MAX_GRAMMAR_BYTES:
+        raise invalid(FIELD, f"has more than {MAX_GRAMMAR_BYTES} bytes")
+    kind = params.structured.WhichOneof("format")
+    if kind is None:
+        raise invalid(FIELD, "must say what the output is to be")
+    try:
+        grammar = _translated(params.structured, kind)
+        await checker.check(grammar)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{FIELD}.{kind}", f"cannot be followed: {error}") from None
+    return grammar
+
+
+def _translated(structured: types.StructuredOutput, kind: str) -> str:
+    """Raises ValueError."""
+    if kind == "json_object":
+        if not structured.json_object:
+            raise ValueError("it is false")
+        return LLMatcher.grammar_from_json_schema({"type": "object"})
+    if kind == "choices":
+        texts = list(structured.choices.texts)
+        if not texts or not all(texts):
+            raise ValueError("there must be texts, none of them empty")
+        return grammar_from("choice", json.dumps(texts))
+    text: str = getattr(structured, kind)
+    if not text:
+        raise ValueError("it is empty")
+    if kind == "json_schema":
+        return grammar_from("json_schema", text)
+    return grammar_from("regex" if kind == "regex" else "grammar", text)

@@ -29,7 +29,7 @@ def _scores(q, k, seen, softcap, HAS_SOFTCAP: tl.constexpr):
     return tl.where(seen[None, :], scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["staging_shift"])
 def _split_kernel(
     q_ptr,  # [rows, kv_heads * GROUP, DIM]
     kv_ptr,  # one layer: [blocks][2][kv_heads][BLOCK][DIM]
@@ -41,11 +41,14 @@ def _split_kernel(
     scale_log2,
     softcap,
     window,
+    own_blocks,
+    staging_shift,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    STAGED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -70,6 +73,8 @@ def _split_kernel(
         at = tile * TILE + tokens
         seen = (at < length) & (at >= first)
         block = tl.load(tables_ptr + row * table_stride + at // BLOCK, mask=seen, other=0)
+        if STAGED:
+            block += tl.where(block >= own_blocks, staging_shift, 0)
         place = (block.to(tl.int64) * 2 * kv_heads + head) * (BLOCK * DIM) + at % BLOCK * DIM
         ok = seen[:, None] & dim_ok[None, :]
         source = kv_ptr + place[:, None] + dims[None, :]
@@ -204,10 +209,12 @@ class DecodeAttention:
         window: int = 0,
         softcap: float = 0.0,
         lse: torch.Tensor | None = None,
+        layer: int = 0,
     ) -> None:
         """Fill `out` `[rows, query_heads, head_dim]`; rows of length 0 become 0.
 
-        q: like `out`. layer_kv: one layer of the cache, the new token's K and V in place.
+        q: like `out`. layer_kv: one layer of the cache, the new token's K and V in place; `layer`:
+        which one, where tables name staging.
         block_tables: int32 `[rows, width]`. lengths: int32 `[rows]`. window: tokens seen, the query
         included; 0 means all. softcap: scores become cap * tanh(score / cap). lse: fp32
         `[rows, query_heads]`, natural log-sum-exp; -inf for rows of length 0.
@@ -228,11 +235,14 @@ class DecodeAttention:
             scale * LOG2_E,
             softcap / scale,
             window,
+            layout.blocks,
+            layout.staging_shift(layer),
             GROUP=self._group,
             DIM=layout.head_dim,
             DIM_PAD=padded,
             BLOCK=layout.block_tokens,
             TILE=self.tile,
+            STAGED=layout.staging > 0,
             HAS_SOFTCAP=softcap > 0,
             WIDEN=INTERPRET,
             num_warps=self.warps,

@@ -27,7 +27,7 @@ _TILE_TOKENS = 16
 
 
 @triton.jit
-def _host_order(
+def host_order(
     IS_KEY: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
@@ -51,7 +51,7 @@ def _host_order(
 
 
 @triton.jit
-def _to_host_order(
+def to_host_order(
     x, IS_KEY: tl.constexpr, BLOCK: tl.constexpr, DIM_PAD: tl.constexpr, W: tl.constexpr
 ):
     if IS_KEY:
@@ -62,7 +62,7 @@ def _to_host_order(
 
 
 @triton.jit
-def _from_host_order(
+def from_host_order(
     x, IS_KEY: tl.constexpr, BLOCK: tl.constexpr, DIM_PAD: tl.constexpr, W: tl.constexpr
 ):
     if IS_KEY:
@@ -73,7 +73,7 @@ def _from_host_order(
 
 
 @triton.jit
-def _quantise(x):
+def quantise(x):
     """int8 and scale of each row, as kv_piece.hpp: NaN and infinity show as a scale of NaN."""
     largest = tl.max(tl.where(x == x, tl.abs(x), 0.0), 1)
     poison = tl.sum(x * 0.0, 1)
@@ -97,7 +97,7 @@ def _as(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _move(
+def move(
     cache_ptr, host_ptr, scales_ptr, IS_KEY: tl.constexpr, TO_HOST: tl.constexpr,
     QUANTISED: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     W: tl.constexpr,
@@ -106,16 +106,16 @@ def _move(
     token, dim = tl.arange(0, BLOCK), tl.arange(0, DIM_PAD)
     place = token[:, None] * DIM + dim[None, :]
     ok = (dim < DIM)[None, :] & (token >= 0)[:, None]
-    offset, exists = _host_order(IS_KEY, BLOCK, DIM, DIM_PAD, W)
+    offset, exists = host_order(IS_KEY, BLOCK, DIM, DIM_PAD, W)
     if TO_HOST:
         x = tl.load(cache_ptr + place, mask=ok, other=0.0)
         if QUANTISED:
-            x, scale = _quantise(x.to(tl.float32))
+            x, scale = quantise(x.to(tl.float32))
             tl.store(scales_ptr + token, scale)
-        tl.store(host_ptr + offset, _to_host_order(x, IS_KEY, BLOCK, DIM_PAD, W), mask=exists)
+        tl.store(host_ptr + offset, to_host_order(x, IS_KEY, BLOCK, DIM_PAD, W), mask=exists)
     else:
         x = tl.load(host_ptr + offset, mask=exists, other=0)
-        x = _from_host_order(x, IS_KEY, BLOCK, DIM_PAD, W)
+        x = from_host_order(x, IS_KEY, BLOCK, DIM_PAD, W)
         if QUANTISED:
             x = x.to(tl.float32) * tl.load(scales_ptr + token)[:, None]
             x = _as(x, cache_ptr.dtype.element_ty)
@@ -150,8 +150,8 @@ def _pieces_kernel(
     place = ((layer * host_blocks + host_block) * KV_HEADS + head) * region
     scales_ptr += (place + 2 * half) // 4
     host_ptr += place
-    _move(cache_ptr, host_ptr, scales_ptr, True, TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W)
-    _move(
+    move(cache_ptr, host_ptr, scales_ptr, True, TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+    move(
         cache_ptr + KV_HEADS * half, host_ptr + half, scales_ptr + BLOCK, False,
         TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W,
     )  # fmt: skip

@@ -5,10 +5,18 @@
 As in the host pool a *piece* (one block of one layer, K and V of all heads) is contiguous: 64 KiB
 for Llama-3-8B at 16 tokens, so that demotion moves few large runs. Within a piece a head's tokens
 are contiguous, 4 KiB of K that one program of the decode kernel reads in a run.
+
+Behind the last layer there may be staging, two layers' worth of blocks whose KV is the host's: for
+layers with even numbers and with odd ones. Tables and slots name its blocks as if they followed a
+layer's own:
+
+    block id  | 0 ... blocks - 1 | blocks ... blocks + staging - 1 |
+              | the layer's own  | staging[layer % 2]              |
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +31,8 @@ class GpuKvLayout:
     kv_heads: int
     block_tokens: int
     head_dim: int
+    staging: int = 0
+    """Blocks in staging, for each of two layers."""
 
     def __post_init__(self) -> None:
         if self.block_tokens not in (16, 32, 64):
@@ -39,5 +49,18 @@ class GpuKvLayout:
         return 2 * self.kv_heads * self.block_tokens * self.head_dim
 
     def allocate(self, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-        """Zeros: masked lanes may read slots that nobody has written, and 0 * NaN is NaN."""
-        return torch.zeros(self.shape, dtype=dtype, device=device)
+        """`shape`, with staging behind it. Zeros: masked lanes may read slots that nobody has
+        written, and 0 * NaN is NaN."""
+        pieces = self.layers * self.blocks + 2 * self.staging
+        memory = torch.zeros(pieces * self.piece_elements, dtype=dtype, device=device)
+        return memory[: math.prod(self.shape)].view(self.shape)
+
+    def staged(self, memory: torch.Tensor) -> torch.Tensor:
+        """`[2, staging, 2, kv_heads, block_tokens, head_dim]` of what `allocate` has made."""
+        shape = (2, self.staging, *self.shape[2:])
+        stride = (self.staging * self.piece_elements, *memory.stride()[1:])
+        return memory.as_strided(shape, stride, memory.storage_offset() + math.prod(self.shape))
+
+    def staging_shift(self, layer: int) -> int:
+        """How many pieces further than the end of its own blocks a layer's staging begins."""
+        return (self.layers - 1 - layer) * self.blocks + layer % 2 * self.staging

@@ -43,9 +43,10 @@ class Tiling:
 @triton.jit
 def _attend(
     q, top, total, acc, positions, table_ptr, kv_ptr, begin, end, oldest, kv_heads,
-    scale_log2, softcap, window,
+    scale_log2, softcap, window, own_blocks, staging_shift,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
+    STAGED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax over tokens from `begin` (a multiple of TOKENS) to `end`. positions
     [ROWS]: of the rows' queries. kv_ptr: the first element of this head's K in block 0."""
@@ -60,6 +61,8 @@ def _attend(
         else:
             block = tl.load(table_ptr + at // BLOCK)
             ok = (dims < DIM)[None, :]
+        if STAGED:
+            block += tl.where(block >= own_blocks, staging_shift, 0)
         place = (block.to(tl.int64) * 2 * kv_heads) * (BLOCK * DIM) + at % BLOCK * DIM
         source = kv_ptr + place[:, None] + dims[None, :]
         if MASKED or DIM != DIM_PAD:
@@ -130,13 +133,14 @@ def _bounds(first, end, window, TOKENS: tl.constexpr, HAS_WINDOW: tl.constexpr):
     return oldest, whole_begin, whole_end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["staging_shift"])
 def _prefill_kernel(
     q_ptr, kv_ptr, tables_ptr, first_rows_ptr, lengths_ptr, out_ptr, part_ptr, lse_ptr,
-    chunks, table_stride, scale_log2, softcap, window,
+    chunks, table_stride, scale_log2, softcap, window, own_blocks, staging_shift,
     CHUNKS_PAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
+    STAGED: tl.constexpr,
 ):  # fmt: skip
     # The last tiles of a prompt see most: they start first, so that none is alone at the end.
     head, kv_heads, tile = tl.program_id(0), tl.num_programs(0), tl.num_programs(1) - 1
@@ -168,20 +172,20 @@ def _prefill_kernel(
         top, total, acc = _attend(
             q, top, total, acc, positions, table_ptr, head_ptr,
             low, tl.minimum(tl.minimum(whole_begin, end), high),
-            oldest, kv_heads, scale_log2, softcap, window,
-            DIM, DIM_PAD, BLOCK, TOKENS, True, True, HAS_SOFTCAP, WIDEN,
+            oldest, kv_heads, scale_log2, softcap, window, own_blocks, staging_shift,
+            DIM, DIM_PAD, BLOCK, TOKENS, True, True, HAS_SOFTCAP, WIDEN, STAGED,
         )  # fmt: skip
     top, total, acc = _attend(
         q, top, total, acc, positions, table_ptr, head_ptr,
         tl.maximum(whole_begin, low), tl.minimum(whole_end, high),
-        oldest, kv_heads, scale_log2, softcap, window,
-        DIM, DIM_PAD, BLOCK, TOKENS, False, HAS_WINDOW, HAS_SOFTCAP, WIDEN,
+        oldest, kv_heads, scale_log2, softcap, window, own_blocks, staging_shift,
+        DIM, DIM_PAD, BLOCK, TOKENS, False, HAS_WINDOW, HAS_SOFTCAP, WIDEN, STAGED,
     )  # fmt: skip
     top, total, acc = _attend(
         q, top, total, acc, positions, table_ptr, head_ptr,
         tl.maximum(whole_end, low), tl.minimum(end, high),
-        oldest, kv_heads, scale_log2, softcap, window,
-        DIM, DIM_PAD, BLOCK, TOKENS, True, HAS_WINDOW, HAS_SOFTCAP, WIDEN,
+        oldest, kv_heads, scale_log2, softcap, window, own_blocks, staging_shift,
+        DIM, DIM_PAD, BLOCK, TOKENS, True, HAS_WINDOW, HAS_SOFTCAP, WIDEN, STAGED,
     )  # fmt: skip
     result = acc / total[:, None]
     if SPLITS == 1:
@@ -233,10 +237,12 @@ class PrefillAttention:
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        layer: int = 0,
     ) -> None:
         """Fill the chunks' rows of `out` `[rows, query_heads, head_dim]`; others hold anything.
 
-        q: like `out`. layer_kv: one layer of the cache, the chunks' own K and V in place.
+        q: like `out`. layer_kv: one layer of the cache, the chunks' own K and V in place; `layer`:
+        which one, where tables name staging.
         block_tables: int32 `[chunks, width]`. lengths: int32 `[chunks]`, tokens up to the chunk's
         end. first_rows: int32 `[chunks + 1]`: chunk c has the rows of q from `first_rows[c]` to
         `first_rows[c + 1]`, none if they are equal. longest: about how many rows the longest chunk
@@ -256,10 +262,12 @@ class PrefillAttention:
         _prefill_kernel[(layout.kv_heads, tiles, splits)](
             q, layer_kv, block_tables, first_rows, lengths, out, self._part, self._lse,
             chunks, block_tables.stride(0), scale * LOG2_E, softcap / scale, window,
+            layout.blocks, layout.staging_shift(layer),
             CHUNKS_PAD=triton.next_power_of_2(chunks), GROUP=self._group,
             DIM=layout.head_dim, DIM_PAD=padded, BLOCK=layout.block_tokens,
             ROWS=tiling.rows, TOKENS=tiling.tokens, SPLITS=splits,
             HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, WIDEN=INTERPRET,
+            STAGED=layout.staging > 0,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
         if splits > 1:

@@ -16,7 +16,7 @@ from kernels.gpu.kv_cache import GpuKvLayout
 from kernels.gpu.tensors import FLOATS, check
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["staging_shift"])
 def _rope_store_kernel(
     qkv_ptr,  # [tokens, QUERY_HEADS + 2 * KV_HEADS, DIM]
     cos_sin_ptr,  # [positions, 2, DIM / 2]
@@ -26,6 +26,8 @@ def _rope_store_kernel(
     q_ptr,  # [tokens, QUERY_HEADS, DIM]
     kv_ptr,  # one layer of the cache
     eps,
+    own_blocks,
+    staging_shift,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -33,6 +35,7 @@ def _rope_store_kernel(
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    STAGED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     all_heads: tl.constexpr = QUERY_HEADS + 2 * KV_HEADS
@@ -62,7 +65,10 @@ def _rope_store_kernel(
     tl.store(target + half, high, mask=ok & is_query[:, None])
     slot = tl.load(slots_ptr + token)
     # K heads, then V heads: the order inside a piece.
-    place = (slot // BLOCK) * (2 * KV_HEADS * BLOCK * DIM) + (slot % BLOCK) * DIM
+    block = slot // BLOCK
+    if STAGED:
+        block += tl.where(block >= own_blocks, staging_shift, 0)
+    place = block * (2 * KV_HEADS * BLOCK * DIM) + (slot % BLOCK) * DIM
     offset = (head - QUERY_HEADS) * (BLOCK * DIM)
     target = kv_ptr + place + offset[:, None] + at[None, :]
     stored = ok & (head >= QUERY_HEADS)[:, None] & (slot >= 0)
@@ -81,13 +87,14 @@ def rope_store(
     *,
     qk_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    layer: int = 0,
 ) -> None:
     """Rotate Q into `q` and K and V into the cache.
 
     qkv: `[tokens, query_heads + 2 * kv_heads, head_dim]`. cos_sin: `[positions, 2, head_dim / 2]`,
     of qkv's dtype or fp32. positions, slots: int64 `[tokens]`; a slot of -1 stores nothing. q:
-    `[tokens, query_heads, head_dim]`. layer_kv: one layer of the cache. qk_norm: `[2, head_dim]`
-    weights of Q's and K's RMSNorm.
+    `[tokens, query_heads, head_dim]`. layer_kv: one layer of the cache; `layer`: which one, where
+    slots name staging. qk_norm: `[2, head_dim]` weights of Q's and K's RMSNorm.
     """
     tokens, query_heads, dim = q.shape
     check("qkv", qkv, (tokens, query_heads + 2 * layout.kv_heads, dim), *FLOATS)
@@ -113,6 +120,8 @@ def rope_store(
         q,
         layer_kv,
         eps,
+        layout.blocks,
+        layout.staging_shift(layer),
         QUERY_HEADS=query_heads,
         KV_HEADS=layout.kv_heads,
         DIM=dim,
@@ -120,5 +129,6 @@ def rope_store(
         BLOCK=layout.block_tokens,
         HEADS=heads,
         HAS_NORM=qk_norm is not None,
+        STAGED=layout.staging > 0,
         num_warps=max(1, heads * padded // 512),
     )

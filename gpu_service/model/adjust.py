@@ -78,7 +78,7 @@ def _mask(logits: torch.Tensor, rows: Sequence[SamplingRow], guided: Sequence[in
         assert guide is not None
         allowed: Words | None = guide.allowed(rows[i].output_token_ids)
         if allowed is not None:
-            mask[:] = allowed
+            mask[:] = allowed[: len(mask)]  # it may have a word more
     words = _to(logits, masks.view(np.int32))
     bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
     forbidden = (bits & 1).reshape(len(guided), -1)[:, :vocab] == 0

@@ -1,0 +1,195 @@
+"""One layer of the host pool's blocks into staging, and the new tokens of staging out again, while
+the device computes other layers.
+
+    gather   host pool -> staging   all that was computed before, one layer ahead
+    put      staging -> host pool   K and V of the tokens that this sweep computes
+
+Both take what to move from device memory, the pool's address included: a CUDA graph outlives an
+epoch, and without anything to move they end at once. A few programs each walk over many pieces, so
+that multiprocessors stay free for the sweep; the floor is the link's bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.gpu.host_pieces import host_order, move, quantise, to_host_order
+from kernels.gpu.kv_cache import GpuKvLayout
+from kernels.gpu.tensors import FLOATS, check
+
+PROGRAMS = 16
+_STAGES = 4
+"""The compiler then issues a program's loads three turns ahead (`cp.async` of 16 bytes, seen in its
+PTX): of bf16 each turn is 8 KiB, so that 16 programs have 384 KiB under way, of int8 half of that.
+At 55 GB/s and 2 us a round trip the link holds 110."""
+
+
+@triton.jit
+def _region(pool_ptr, layer, block, head, KV_HEADS: tl.constexpr, REGION_BYTES: tl.constexpr):
+    """Address of one head's K, V and scales of a host block."""
+    at = tl.load(pool_ptr) + layer.to(tl.int64) * tl.load(pool_ptr + 1)
+    return at + (block.to(tl.int64) * KV_HEADS + head) * REGION_BYTES
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _gather_kernel(
+    staging_ptr,  # [blocks][2][KV_HEADS][BLOCK][DIM]
+    moves_ptr,  # int32 [2, most]: host blocks, staging blocks
+    counts_ptr,  # int32 [2]
+    pool_ptr,  # int64 [2]
+    layer, most,
+    KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    W: tl.constexpr, QUANTISED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    half: tl.constexpr = BLOCK * DIM
+    dtype: tl.constexpr = tl.int8 if QUANTISED else staging_ptr.dtype.element_ty
+    size: tl.constexpr = dtype.primitive_bitwidth // 8
+    region: tl.constexpr = 2 * half * size + (8 * BLOCK if QUANTISED else 0)
+    pieces = tl.load(counts_ptr) * KV_HEADS
+    for piece in tl.range(tl.program_id(0), pieces, tl.num_programs(0), num_stages=STAGES):
+        entry, head = piece // KV_HEADS, piece % KV_HEADS
+        block, staged = tl.load(moves_ptr + entry), tl.load(moves_ptr + most + entry)
+        address = _region(pool_ptr, layer, block, head, KV_HEADS, region)
+        # Without the hint the compiler knows of no alignment, and loads element by element.
+        host = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+        scales = tl.multiple_of((address + 2 * half * size).to(tl.pointer_type(tl.float32)), 16)
+        target = staging_ptr + (staged.to(tl.int64) * 2 * KV_HEADS + head) * half
+        move(target, host, scales, True, False, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+        move(
+            target + KV_HEADS * half, host + half, scales + BLOCK, False,
+            False, QUANTISED, BLOCK, DIM, DIM_PAD, W,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tokens_in_host_order(
+    IS_KEY: tl.constexpr, BLOCK: tl.constexpr, DIM_PAD: tl.constexpr, W: tl.constexpr
+):
+    """The token of each element of a padded tile, turned."""
+    at = tl.arange(0, BLOCK * DIM_PAD)
+    if IS_KEY:
+        return at // (16 * DIM_PAD) * 16 + at % (16 * W) // W
+    return at // (W * DIM_PAD) * W + at % W
+
+
+@triton.jit
+def _put(
+    source, host, scales, first, end, IS_KEY: tl.constexpr, QUANTISED: tl.constexpr,
+    BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Tokens from `first` to `end` of one head's K or V; the block's others may be anything."""
+    token, dim = tl.arange(0, BLOCK), tl.arange(0, DIM_PAD)
+    new = (token >= first) & (token < end)
+    ok = (dim < DIM)[None, :] & new[:, None]
+    x = tl.load(source + token[:, None] * DIM + dim[None, :], mask=ok, other=0.0)
+    if QUANTISED:
+        x, scale = quantise(x.to(tl.float32))
+        tl.store(scales + token, scale, mask=new)
+    offset, exists = host_order(IS_KEY, BLOCK, DIM, DIM_PAD, W)
+    turned = _tokens_in_host_order(IS_KEY, BLOCK, DIM_PAD, W)
+    exists = exists & (turned >= first) & (turned < end)
+    tl.store(host + offset, to_host_order(x, IS_KEY, BLOCK, DIM_PAD, W), mask=exists)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _put_kernel(
+    staging_ptr,  # [blocks][2][KV_HEADS][BLOCK][DIM]
+    moves_ptr,  # int32 [4, most]: staging blocks, host blocks, first new tokens, their ends
+    counts_ptr,  # int32 [2]
+    pool_ptr,  # int64 [2]
+    layer, most,
+    KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    W: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    half: tl.constexpr = BLOCK * DIM
+    dtype: tl.constexpr = tl.int8 if QUANTISED else staging_ptr.dtype.element_ty
+    size: tl.constexpr = dtype.primitive_bitwidth // 8
+    region: tl.constexpr = 2 * half * size + (8 * BLOCK if QUANTISED else 0)
+    pieces = tl.load(counts_ptr + 1) * KV_HEADS
+    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
+        entry, head = piece // KV_HEADS, piece % KV_HEADS
+        staged, block = tl.load(moves_ptr + entry), tl.load(moves_ptr + most + entry)
+        first, end = (
+            tl.load(moves_ptr + 2 * most + entry),
+            tl.load(moves_ptr + 3 * most + entry),
+        )
+        address = _region(pool_ptr, layer, block, head, KV_HEADS, region)
+        host = address.to(tl.pointer_type(dtype))
+        scales = (address + 2 * half * size).to(tl.pointer_type(tl.float32))
+        source = staging_ptr + (staged.to(tl.int64) * 2 * KV_HEADS + head) * half
+        _put(source, host, scales, first, end, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+        _put(
+            source + KV_HEADS * half, host + half, scales + BLOCK, first, end, False,
+            QUANTISED, BLOCK, DIM, DIM_PAD, W,
+        )  # fmt: skip
+
+
+class HostStream:
+    """Launches both for any layer. dtype: the host pool's; the cache's, or int8."""
+
+    def __init__(self, layout: GpuKvLayout, dtype: torch.dtype) -> None:
+        if dtype not in (*FLOATS, torch.int8):
+            raise ValueError(f"the host pool's type must be a float or int8, not {dtype}")
+        self.layout = layout
+        self.dtype = dtype
+        self._constants = {
+            "KV_HEADS": layout.kv_heads,
+            "BLOCK": layout.block_tokens,
+            "DIM": layout.head_dim,
+            "DIM_PAD": triton.next_power_of_2(layout.head_dim),
+            "W": {torch.bfloat16: 2, torch.int8: 4}.get(dtype, 1),
+            "QUANTISED": dtype == torch.int8,
+        }
+
+    def gather(
+        self,
+        layer: int,
+        staging: torch.Tensor,
+        moves: torch.Tensor,
+        counts: torch.Tensor,
+        pool: torch.Tensor,
+    ) -> None:
+        """`staging[moves[1, i]]` = the layer's host block `moves[0, i]` for `i < counts[0]`.
+
+        staging: `[blocks, 2, kv_heads, block_tokens, head_dim]`. moves: int32 `[2, most]`. counts:
+        int32 `[2]`. pool: int64 `[2]`, the host pool's address and the bytes of one layer of it.
+        """
+        self._check(staging, moves, counts, pool, 2)
+        _gather_kernel[(PROGRAMS,)](
+            staging, moves, counts, pool, layer, moves.shape[1], **self._constants,
+            STAGES=_STAGES, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def put(
+        self,
+        layer: int,
+        staging: torch.Tensor,
+        moves: torch.Tensor,
+        counts: torch.Tensor,
+        pool: torch.Tensor,
+    ) -> None:
+        """The layer's host block `moves[1, i]` = `staging[moves[0, i]]` from token `moves[2, i]` to
+        `moves[3, i]` for `i < counts[1]`; its other tokens stay. Arguments as in `gather`, but
+        moves: int32 `[4, most]`."""
+        self._check(staging, moves, counts, pool, 4)
+        _put_kernel[(PROGRAMS,)](
+            staging, moves, counts, pool, layer, moves.shape[1], **self._constants,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def _check(
+        self,
+        staging: torch.Tensor,
+        moves: torch.Tensor,
+        counts: torch.Tensor,
+        pool: torch.Tensor,
+        columns: int,
+    ) -> None:
+        check("staging", staging, (-1, *self.layout.shape[2:]), *FLOATS)
+        check("moves", moves, (columns, -1), torch.int32)
+        check("counts", counts, (2,), torch.int32)
+        check("pool", pool, (2,), torch.int64)
+        if self.dtype not in (staging.dtype, torch.int8):
+            raise ValueError(f"staging of {staging.dtype} does not go into a pool of {self.dtype}")

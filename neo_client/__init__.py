@@ -2,6 +2,6 @@
 
 from neo_client.aio import AsyncClient
 from neo_client.client import Client
-from neo_client.options import Sampling, Scheduling
+from neo_client.options import Sampling, Scheduling, Structured
 
-__all__ = ["AsyncClient", "Client", "Sampling", "Scheduling"]
+__all__ = ["AsyncClient", "Client", "Sampling", "Scheduling", "Structured"]

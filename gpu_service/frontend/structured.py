@@ -11,6 +11,8 @@ from gpu_service.model.structured import MAX_GRAMMAR_BYTES, GrammarChecker
 from protos.neo.v1 import types_pb2 as types
 
 FIELD = "sampling.structured"
+# Small models love to go on with blanks for ever. A schema's own `x-guidance` overrules it.
+_BLANKS = r"[\x20\x0A\x0D\x09]{1,33}"
 
 
 async def grammar_of(params: types.SamplingParams, checker: GrammarChecker) -> str:
@@ -39,7 +41,9 @@ def _translated(structured: types.StructuredOutput, kind: str) -> str:
     if kind == "json_object":
         if not structured.json_object:
             raise ValueError("it is false")
-        return LLMatcher.grammar_from_json_schema({"type": "object"})
+        return LLMatcher.grammar_from_json_schema(
+            {"type": "object"}, {"whitespace_pattern": _BLANKS}
+        )
     if kind == "choices":
         texts = list(structured.choices.texts)
         if not texts or not all(texts):
@@ -49,5 +53,5 @@ def _translated(structured: types.StructuredOutput, kind: str) -> str:
     if not text:
         raise ValueError("it is empty")
     if kind == "json_schema":
-        return grammar_from("json_schema", text)
+        return LLMatcher.grammar_from_json_schema(text, {"whitespace_pattern": _BLANKS})
     return grammar_from("regex" if kind == "regex" else "grammar", text)

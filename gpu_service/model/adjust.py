@@ -70,7 +70,7 @@ def adjusted(
 
 
 def _mask(logits: torch.Tensor, rows: Sequence[SamplingRow], guided: Sequence[int]) -> None:
-    """Leave the guided rows what their grammars allow next. 32 tokens travel in a word."""
+    """Leave the guided rows what their grammars allow next."""
     vocab = logits.shape[1]
     masks = np.zeros((len(guided), -(-vocab // 32)), np.uint32)
     for mask, i in zip(masks, guided, strict=True):
@@ -79,9 +79,8 @@ def _mask(logits: torch.Tensor, rows: Sequence[SamplingRow], guided: Sequence[in
         allowed: Words | None = guide.allowed(rows[i].output_token_ids)
         if allowed is not None:
             mask[:] = allowed[: len(mask)]  # it may have a word more
-    words = _to(logits, masks.view(np.int32))
-    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)
-    forbidden = (bits & 1).reshape(len(guided), -1)[:, :vocab] == 0
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=vocab, bitorder="little")
+    forbidden = _to(logits, bits == 0)
     index = _to(logits, np.array(guided, np.int64))
     logits[index] = logits[index].masked_fill_(forbidden, float("-inf"))
 

@@ -17,7 +17,17 @@ from gpu_service.engine.messages import Submit
 from gpu_service.model.model import CausalLM, load_model
 from gpu_service.model.tokenizer import load_tokenizer
 from tests.golden.test_engine import HOW
-from tests.support.engine import Answers, config, greedy, local_core, prompt, real_core, run
+from tests.support.engine import (
+    Answers,
+    config,
+    greedy,
+    local_core,
+    prompt,
+    real_core,
+    run,
+    triton_core,
+)
+from tests.support.mixed_sampling import assert_same
 from tests.support.models import tiny_model_dir
 
 SCHEMA = {
@@ -127,3 +137,23 @@ def test_a_real_model_and_tokenizer() -> None:
     for (wish, index), tokens in answers.tokens.items():
         assert answers.finishes[wish, index] == "stop"
         check(wish, tokenizer.decode(tokens))
+
+
+def test_beside_draws_of_the_device(directory: Path) -> None:
+    """What runs on a CUDA device, in Triton's interpreter: guided rows are drawn on the host, those
+    beside them on the device."""
+    pytest.importorskip("triton")
+    asked = []
+    for name, text, temperature in (("a", "[ab]{2}", 0.0), ("b", "x{1,3}y", 1.0), ("c", "", 1.0)):
+        one = greedy(name, prompt(6), 4, temperature=temperature, seed=2, logprobs=1)
+        if text:
+            sampling = msgspec.structs.replace(
+                one.sampling, grammar=grammar_from("regex", text), ignore_eos=False
+            )
+            one = msgspec.structs.replace(one, sampling=sampling)
+        asked.append(one)
+    made = config(directory, offload="never", max_batch_tokens=64)
+    ours = run(triton_core(made, load_model(directory, dtype="float32")), asked)
+    theirs = run(local_core(made, loaded(directory), host_blocks=0), asked)
+    assert_same(ours, theirs)
+    assert ours.finishes["a", 0] == "stop"

@@ -72,7 +72,7 @@ def expected_ids(native: Any) -> list[int]:
 
 def test_triton_describes_the_model(triton: dict[str, Any]) -> None:
     found = triton["described"]
-    assert found["live"] and found["ready"] and found["model_ready"] and found["decoupled"]
+    assert all(found[name] for name in ("live", "ready", "model_ready", "decoupled"))
     assert found["server"] == "neo-serving"
     assert found["index"] == [["tiny", "READY"]]
     assert {"text_input", "input_ids", "sampling_parameters", "stream"} <= set(found["inputs"])
@@ -155,6 +155,16 @@ def test_vllm_generates(vllm: dict[str, Any], expected_ids: list[int]) -> None:
     assert defaults["complete"]["completion_tokens"] == 2
 
 
+def test_vllm_constrains(vllm: dict[str, Any], native: Any) -> None:
+    for name, allowed in (("regex", "0123456789"), ("choice", "ab")):
+        (answer,) = vllm["generate"][name]
+        assert answer["complete"]["finish_reason"] == "stop"
+        *ids, _ = answer["complete"]["output_ids"]  # then the end of sequence
+        text = native.Detokenize(inference_pb2.DetokenizeRequest(token_ids=ids)).text
+        assert len(text) == 2
+        assert set(text) <= set(allowed)
+
+
 def test_vllm_streams(vllm: dict[str, Any], expected_ids: list[int]) -> None:
     *chunks, complete = vllm["generate"]["streamed"]
     assert [token for answer in chunks for token in answer["chunk"]["token_ids"]] == expected_ids
@@ -216,14 +226,11 @@ def every_method() -> list[str]:
 
 @pytest.mark.parametrize("method", every_method())
 async def test_malformed_bytes(stack: Stack, method: str) -> None:
-    streaming = method.endswith(("/Generate", "/GetTokenizer", "/ModelStreamInfer"))
     async with grpc.aio.insecure_channel(stack.gpu.address) as channel:
-        call = channel.unary_stream(method) if streaming else channel.unary_unary(method)
+        # On the wire a unary answer is a stream of one.
+        call = channel.unary_stream(method)(b"\xff", timeout=30)
         with pytest.raises(grpc.aio.AioRpcError) as failed:
-            if streaming:
-                _ = [message async for message in call(b"\xff", timeout=30)]
-            else:
-                await call(b"\xff", timeout=30)
+            await call.read()
     assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 

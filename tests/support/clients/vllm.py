@@ -63,6 +63,10 @@ def generate(stub: Any) -> dict[str, Any]:
         "logprobs": generated(stub, ask(sampling=logprobs)),
         "streamed_logprobs": generated(stub, ask(stream=True, sampling=logprobs)),
         "text": generated(stub, ask(text="the quick brown fox")),
+        "regex": generated(stub, ask(sampling={"regex": "[0-9]{2}", "ignore_eos": False})),
+        "choice": generated(stub, ask(sampling={
+            "choice": pb.ChoiceConstraint(choices=["ab"]), "ignore_eos": False,
+        })),
         "truncated": generated(stub, ask(sampling={"truncate_prompt_tokens": 2})),
         "defaults": generated(stub, pb.GenerateRequest(
             tokenized=pb.TokenizedInput(input_ids=IDS),
@@ -114,6 +118,7 @@ def refused(stub: Any) -> dict[str, str]:
         "kv_transfer": error("Generate", ask(kv_transfer_params_json='{"a": 1}')),
         "rank": error("Generate", ask(data_parallel_rank=1)),
         "rank_of_loads": error("GetLoads", pb.GetLoadsRequest(dp_rank=3)),
+        "regex": error("Generate", ask(sampling={"regex": "(", "ignore_eos": False})),
         "embed": error("Embed", pb.EmbedRequest()),
         "flush": error("FlushCache", common_pb2.FlushCacheRequest()),
     }

@@ -41,7 +41,6 @@ def _split_kernel(
     scale_log2,
     softcap,
     window,
-    own_blocks,
     staging_shift,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -74,7 +73,7 @@ def _split_kernel(
         seen = (at < length) & (at >= first)
         block = tl.load(tables_ptr + row * table_stride + at // BLOCK, mask=seen, other=0)
         if STAGED:
-            block += tl.where(block >= own_blocks, staging_shift, 0)
+            block += tl.where(block >= STAGED, staging_shift, 0)
         place = (block.to(tl.int64) * 2 * kv_heads + head) * (BLOCK * DIM) + at % BLOCK * DIM
         ok = seen[:, None] & dim_ok[None, :]
         source = kv_ptr + place[:, None] + dims[None, :]
@@ -235,14 +234,13 @@ class DecodeAttention:
             scale * LOG2_E,
             softcap / scale,
             window,
-            layout.blocks,
             layout.staging_shift(layer),
             GROUP=self._group,
             DIM=layout.head_dim,
             DIM_PAD=padded,
             BLOCK=layout.block_tokens,
             TILE=self.tile,
-            STAGED=layout.staging > 0,
+            STAGED=layout.staged_from,
             HAS_SOFTCAP=softcap > 0,
             WIDEN=INTERPRET,
             num_warps=self.warps,

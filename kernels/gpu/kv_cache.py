@@ -7,11 +7,10 @@ for Llama-3-8B at 16 tokens, so that demotion moves few large runs. Within a pie
 are contiguous, 4 KiB of K that one program of the decode kernel reads in a run.
 
 Behind the last layer there may be staging, two layers' worth of blocks whose KV is the host's: for
-layers with even numbers and with odd ones. Tables and slots name its blocks as if they followed a
-layer's own:
+layers with even numbers and with odd ones. Tables and slots name its blocks by ids of their own:
 
-    block id  | 0 ... blocks - 1 | blocks ... blocks + staging - 1 |
-              | the layer's own  | staging[layer % 2]              |
+    block id  | 0 ... blocks - 1 | STAGED ... STAGED + staging - 1 |
+              | the layer's      | in staging[layer % 2]           |
 """
 
 from __future__ import annotations
@@ -20,6 +19,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+
+STAGED = 1 << 30
+"""Blocks with this id or a larger one are in staging."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ class GpuKvLayout:
         stride = (self.staging * self.piece_elements, *memory.stride()[1:])
         return memory.as_strided(shape, stride, memory.storage_offset() + math.prod(self.shape))
 
+    @property
+    def staged_from(self) -> int:
+        """`STAGED`, or 0 without staging."""
+        return STAGED if self.staging else 0
+
     def staging_shift(self, layer: int) -> int:
-        """How many pieces further than the end of its own blocks a layer's staging begins."""
-        return (self.layers - 1 - layer) * self.blocks + layer % 2 * self.staging
+        """What turns the id of a block in staging into its place, in pieces behind the layer's
+        first."""
+        return (self.layers - layer) * self.blocks + layer % 2 * self.staging - STAGED

@@ -43,7 +43,7 @@ class Tiling:
 @triton.jit
 def _attend(
     q, top, total, acc, positions, table_ptr, kv_ptr, begin, end, oldest, kv_heads,
-    scale_log2, softcap, window, own_blocks, staging_shift,
+    scale_log2, softcap, window, staging_shift,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
     STAGED: tl.constexpr,
@@ -62,7 +62,7 @@ def _attend(
             block = tl.load(table_ptr + at // BLOCK)
             ok = (dims < DIM)[None, :]
         if STAGED:
-            block += tl.where(block >= own_blocks, staging_shift, 0)
+            block += tl.where(block >= STAGED, staging_shift, 0)
         place = (block.to(tl.int64) * 2 * kv_heads) * (BLOCK * DIM) + at % BLOCK * DIM
         source = kv_ptr + place[:, None] + dims[None, :]
         if MASKED or DIM != DIM_PAD:
@@ -136,7 +136,7 @@ def _bounds(first, end, window, TOKENS: tl.constexpr, HAS_WINDOW: tl.constexpr):
 @triton.jit(do_not_specialize=["staging_shift"])
 def _prefill_kernel(
     q_ptr, kv_ptr, tables_ptr, first_rows_ptr, lengths_ptr, out_ptr, part_ptr, lse_ptr,
-    chunks, table_stride, scale_log2, softcap, window, own_blocks, staging_shift,
+    chunks, table_stride, scale_log2, softcap, window, staging_shift,
     CHUNKS_PAD: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
@@ -172,19 +172,19 @@ def _prefill_kernel(
         top, total, acc = _attend(
             q, top, total, acc, positions, table_ptr, head_ptr,
             low, tl.minimum(tl.minimum(whole_begin, end), high),
-            oldest, kv_heads, scale_log2, softcap, window, own_blocks, staging_shift,
+            oldest, kv_heads, scale_log2, softcap, window, staging_shift,
             DIM, DIM_PAD, BLOCK, TOKENS, True, True, HAS_SOFTCAP, WIDEN, STAGED,
         )  # fmt: skip
     top, total, acc = _attend(
         q, top, total, acc, positions, table_ptr, head_ptr,
         tl.maximum(whole_begin, low), tl.minimum(whole_end, high),
-        oldest, kv_heads, scale_log2, softcap, window, own_blocks, staging_shift,
+        oldest, kv_heads, scale_log2, softcap, window, staging_shift,
         DIM, DIM_PAD, BLOCK, TOKENS, False, HAS_WINDOW, HAS_SOFTCAP, WIDEN, STAGED,
     )  # fmt: skip
     top, total, acc = _attend(
         q, top, total, acc, positions, table_ptr, head_ptr,
         tl.maximum(whole_end, low), tl.minimum(end, high),
-        oldest, kv_heads, scale_log2, softcap, window, own_blocks, staging_shift,
+        oldest, kv_heads, scale_log2, softcap, window, staging_shift,
         DIM, DIM_PAD, BLOCK, TOKENS, True, HAS_WINDOW, HAS_SOFTCAP, WIDEN, STAGED,
     )  # fmt: skip
     result = acc / total[:, None]
@@ -262,12 +262,12 @@ class PrefillAttention:
         _prefill_kernel[(layout.kv_heads, tiles, splits)](
             q, layer_kv, block_tables, first_rows, lengths, out, self._part, self._lse,
             chunks, block_tables.stride(0), scale * LOG2_E, softcap / scale, window,
-            layout.blocks, layout.staging_shift(layer),
+            layout.staging_shift(layer),
             CHUNKS_PAD=triton.next_power_of_2(chunks), GROUP=self._group,
             DIM=layout.head_dim, DIM_PAD=padded, BLOCK=layout.block_tokens,
             ROWS=tiling.rows, TOKENS=tiling.tokens, SPLITS=splits,
             HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap > 0, WIDEN=INTERPRET,
-            STAGED=layout.staging > 0,
+            STAGED=layout.staged_from,
             num_warps=tiling.warps, num_stages=tiling.stages,
         )  # fmt: skip
         if splits > 1:

@@ -26,7 +26,6 @@ def _rope_store_kernel(
     q_ptr,  # [tokens, QUERY_HEADS, DIM]
     kv_ptr,  # one layer of the cache
     eps,
-    own_blocks,
     staging_shift,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -67,7 +66,7 @@ def _rope_store_kernel(
     # K heads, then V heads: the order inside a piece.
     block = slot // BLOCK
     if STAGED:
-        block += tl.where(block >= own_blocks, staging_shift, 0)
+        block += tl.where(block >= STAGED, staging_shift, 0)
     place = block * (2 * KV_HEADS * BLOCK * DIM) + (slot % BLOCK) * DIM
     offset = (head - QUERY_HEADS) * (BLOCK * DIM)
     target = kv_ptr + place + offset[:, None] + at[None, :]
@@ -120,7 +119,6 @@ def rope_store(
         q,
         layer_kv,
         eps,
-        layout.blocks,
         layout.staging_shift(layer),
         QUERY_HEADS=query_heads,
         KV_HEADS=layout.kv_heads,
@@ -129,6 +127,6 @@ def rope_store(
         BLOCK=layout.block_tokens,
         HEADS=heads,
         HAS_NORM=qk_norm is not None,
-        STAGED=layout.staging > 0,
+        STAGED=layout.staged_from,
         num_warps=max(1, heads * padded // 512),
     )

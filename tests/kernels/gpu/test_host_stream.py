@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from kernels import cpu
 from kernels.gpu import host_stream
 from kernels.gpu.host_stream import HostStream
-from kernels.gpu.kv_cache import GpuKvLayout
+from kernels.gpu.kv_cache import STAGED, GpuKvLayout
 from kernels.gpu.tensors import INTERPRET
 from tests.support.mutants import mutated
 
@@ -142,7 +142,7 @@ def test_staging_is_behind_the_cache() -> None:
     staging[1, 2].fill_(7.0)
     assert not cache.any()
     for layer in range(LAYERS):
-        at = (BLOCKS + layout.staging_shift(layer)) * layout.piece_elements
+        at = (STAGED + layout.staging_shift(layer)) * layout.piece_elements
         begin = staging[layer % 2].storage_offset() - cache[layer].storage_offset()
         assert at == begin
 

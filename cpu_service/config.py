@@ -6,9 +6,11 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 
+from neo_common.grpc.settings import ListenSettings
+
 
 @dataclass(frozen=True)
-class CpuServiceConfig:
+class CpuServiceConfig(ListenSettings):
     """One cpu_service: host KV pools and decode attention over them, for the engines of this
     machine."""
 
@@ -50,6 +52,7 @@ class CpuServiceConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field."""
+        self.validate_listener()
         for name in ("threads", "max_pool_gib", "drain_grace_seconds", "metrics_port"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

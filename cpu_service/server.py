@@ -39,7 +39,9 @@ async def serve(config: CpuServiceConfig) -> None:
         table = SessionTable(config, handoff, plan)
         service = pb.DESCRIPTOR.services_by_name["CpuAttentionService"]
         # Attend streams last as long as their engine; `table.drain` is what waits for them.
-        server = ServiceServer(config.listen, [service], counted=lambda method: False)
+        server = ServiceServer(
+            config.listen, [service], counted=lambda method: False, settings=config
+        )
         servicer = CpuAttentionServicer(table, plan, _version(), config.numa_node)
         add = pb_grpc.add_CpuAttentionServiceServicer_to_server
         add(servicer, server.grpc)  # type: ignore[no-untyped-call]

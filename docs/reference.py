@@ -6,7 +6,6 @@ python docs/reference.py --check    exit 1 when the file is not current
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cpu_service.config import CpuServiceConfig
 from gpu_service.config import GpuServiceConfig
-from neo_common.config import ENVIRONMENT_PREFIX, field_docs
+from neo_common.config import ENVIRONMENT_PREFIX, field_docs, ordered_fields
 from router.config import RouterConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -44,7 +43,7 @@ def render() -> str:
         parts.append(
             f"\n## python -m {module}\n\n| setting | default | meaning |\n| --- | --- | --- |"
         )
-        for field in dataclasses.fields(cls):
+        for field in ordered_fields(cls):
             assert docs.get(field.name), f"{cls.__name__}.{field.name} has no docstring"
             default = field.default
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)

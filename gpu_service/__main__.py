@@ -29,6 +29,7 @@ from neo_common import logging as neo_logging
 from neo_common import metrics as neo_metrics
 from neo_common.config import dump, fail, load_or_exit
 from neo_common.grpc.server import ServiceServer
+from neo_common.grpc.settings import admin_address
 from neo_common.version import version
 from protos.neo.v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -65,7 +66,11 @@ class GpuService:
         generating = {f"/{inference.full_name}/{name}" for name in ("Generate", "GenerateStream")}
         generating.update(compat.GENERATING)
         self._server = ServiceServer(
-            config.listen, [inference, engine, *compat.SERVICES], counted=generating.__contains__
+            config.listen,
+            [inference, engine, *compat.SERVICES],
+            counted=generating.__contains__,
+            settings=config,
+            operators=(admin_address(config.listen, config.admin_listen), [engine]),
         )
         self._operator = EngineServicer(
             self._dispatcher, self._info, self._begin_drain, config.max_waiting_requests
@@ -78,7 +83,8 @@ class GpuService:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             self._inference, self._server.grpc
         )
-        engine_pb2_grpc.add_EngineServiceServicer_to_server(self._operator, self._server.grpc)
+        for server in {self._server.grpc, self._server.admin}:
+            engine_pb2_grpc.add_EngineServiceServicer_to_server(self._operator, server)
         compat.add_compatible_services(
             self._server,
             self._inference,
@@ -95,7 +101,7 @@ class GpuService:
                 return await self._serve()
             finally:
                 await self._engine.stop(grace_seconds=0)
-                await self._server.grpc.stop(0)
+                await self._server.stop()
 
     async def _serve(self) -> int:
         stopping = asyncio.create_task(self._server.wait_for_stop_signal())

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from neo_common.grpc.settings import ListenSettings, PeerSettings
+
 
 @dataclass(frozen=True)
-class GpuServiceConfig:
+class GpuServiceConfig(ListenSettings, PeerSettings):
     """One gpu_service: a front end and an engine core."""
 
     model: str = ""
@@ -19,6 +21,9 @@ class GpuServiceConfig:
     """Name that clients use; empty means the last part of `model`."""
     listen: str = "127.0.0.1:7001"
     """Address of the gRPC server; port 0 takes a free one."""
+    admin_listen: str = "auto"
+    """Address of the calls for operators (EngineService); `auto` is `listen` itself where only this
+    machine can connect to that, and else 127.0.0.1 at its port + 10. Routers use `listen`."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`; `auto` is cuda where there is one."""
     dtype: str = "auto"
@@ -90,6 +95,8 @@ class GpuServiceConfig:
     def validate(self) -> None:
         """Raises ValueError naming the setting. What depends on the model or the machine is
         checked where it is known."""
+        self.validate_listener()
+        self.validate_peers()
         if not self.model:
             raise ValueError(
                 "model must be given: a Hugging Face directory, a GGUF file or smollm2"

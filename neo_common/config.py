@@ -152,7 +152,7 @@ def _parser(cls: type[Any], prog: str, description: str) -> argparse.ArgumentPar
         "--print-config", action="store_true", help="print the effective settings and end"
     )
     docs = field_docs(cls)
-    for field in dataclasses.fields(cls):
+    for field in ordered_fields(cls):
         default = field.default
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
@@ -178,7 +178,21 @@ def _unknown_flag(cls: type[Any], word: str) -> str:
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
-    """Field name -> the string under it in the class's source."""
+    """Field name -> the string under it in the source of the class and of those it inherits."""
+    docs: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(each):
+            docs |= _own_docs(each)
+    return docs
+
+
+def ordered_fields(cls: type[Any]) -> list[dataclasses.Field[Any]]:
+    """As a reader wants them: the class's own first, inherited ones behind."""
+    own = inspect.get_annotations(cls)
+    return sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
+
+
+def _own_docs(cls: type[Any]) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs: dict[str, str] = {}

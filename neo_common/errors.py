@@ -21,6 +21,10 @@ class Reason(enum.StrEnum):
     """Why a call failed. A reason fixes the status code; see `status_code`."""
 
     INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    """No credentials, or such as are not accepted."""
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    """The caller is known, and may not do this."""
     UNKNOWN_MODEL = "UNKNOWN_MODEL"
     NEVER_FITS = "NEVER_FITS"
     """More KV than the pools hold: no waiting would help."""
@@ -60,6 +64,8 @@ class Reason(enum.StrEnum):
 
 _STATUS = {
     Reason.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.UNKNOWN_MODEL: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.NEVER_FITS: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.DUPLICATE_REQUEST_ID: grpc.StatusCode.ALREADY_EXISTS,

@@ -12,7 +12,9 @@ import grpc.aio
 from prometheus_client import CollectorRegistry
 
 from neo_common import metrics
+from neo_common.grpc.channel import peer_credentials, peer_options
 from neo_common.grpc.server import ServiceServer
+from neo_common.grpc.settings import admin_address
 from protos.neo.v1 import router_pb2, router_pb2_grpc
 from router import compat
 from router.backend import Backend
@@ -51,11 +53,12 @@ class Router:
         )
         self.server = ServiceServer(
             config.listen,
-            [SERVICE, ROUTER_SERVICE, *compat.SERVICES],
+            [SERVICE, *compat.SERVICES],
             counted=lambda method: (
                 method.startswith(f"/{SERVICE.full_name}/") or method in compat.GENERATING
             ),
-            max_message_bytes=config.max_message_mib << 20,
+            settings=config,
+            operators=(admin_address(config.listen, config.admin_listen), [ROUTER_SERVICE]),
         )
         forwarder = Forwarder(
             self.registry,
@@ -66,29 +69,31 @@ class Router:
         compatible = compat.handlers(forwarder, self.registry.usable, self.server.guard.admitted)
         self.server.grpc.add_generic_rpc_handlers((forwarder.handler(), *compatible))
         router_pb2_grpc.add_RouterServiceServicer_to_server(
-            RouterServicer(self.registry, DRAIN_CALL_SECONDS), self.server.grpc
+            RouterServicer(self.registry, DRAIN_CALL_SECONDS), self.server.admin
         )
         self._news = asyncio.Event()
         self._health: asyncio.Task[None] | None = None
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         limit = self.config.max_message_mib << 20
-        return grpc.aio.insecure_channel(
-            address,
-            options=(
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                # Retries are the forwarder's, which knows other backends.
-                ("grpc.enable_retries", 0),
-                ("grpc.keepalive_time_ms", 10_000),
-                ("grpc.keepalive_timeout_ms", 5_000),
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", round(self.config.max_reconnect_seconds * 1000)),
-                # Two routers in one process (tests) must not share connections.
-                ("grpc.use_local_subchannel_pool", 1),
-            ),
+        options = (
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.max_send_message_length", limit),
+            # Retries are the forwarder's, which knows other backends.
+            ("grpc.enable_retries", 0),
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", round(self.config.max_reconnect_seconds * 1000)),
+            # Two routers in one process (tests) must not share connections.
+            ("grpc.use_local_subchannel_pool", 1),
+            *peer_options(self.config),
         )
+        credentials = peer_credentials(self.config)
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, credentials, options=options)
 
     async def start(self) -> str:
         """Listen and watch the backends; returns the address. Raises ValueError."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from neo_common.grpc.settings import ListenSettings, PeerSettings
+
 
 @dataclass(frozen=True)
-class RouterConfig:
+class RouterConfig(ListenSettings, PeerSettings):
     """One router in front of some gpu_services."""
 
     listen: str = "127.0.0.1:7000"
     """Address of the gRPC server; port 0 takes a free one."""
+    admin_listen: str = "auto"
+    """Address of the calls for operators (RouterService); `auto` is `listen` itself where only this
+    machine can connect to that, and else 127.0.0.1 at its port + 10."""
     backends: tuple[str, ...] = ()
     """gRPC addresses of the gpu_services; at least one."""
 
@@ -23,8 +28,6 @@ class RouterConfig:
     """How long an Abort waits for each backend's answer."""
     retry_after_seconds: float = 1.0
     """What clients are told to wait when no backend can take their call."""
-    max_message_mib: int = 64
-    """Largest message in either direction."""
 
     load_interval_ms: int = 200
     """Time between a backend's load snapshots, 10 to 60000."""
@@ -48,11 +51,13 @@ class RouterConfig:
 
     def validate(self) -> None:
         """Raises ValueError naming the field."""
+        self.validate_listener()
+        self.validate_peers()
         if not self.backends:
             raise ValueError("backends must name at least one gpu_service, such as 127.0.0.1:7001")
         if len(set(self.backends)) < len(self.backends):
             raise ValueError("backends must not name an address twice")
-        for name in ("max_calls", "max_attempts", "max_message_mib"):
+        for name in ("max_calls", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         for name in (

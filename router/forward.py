@@ -25,7 +25,7 @@ from router.backend import Backend
 from router.limits import Gate
 from router.metrics import RouterMetrics
 from router.registry import Registry
-from router.relay import Context, Failure, attempt, forwarded
+from router.relay import Context, Failure, attempt, outgoing
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 
@@ -183,7 +183,7 @@ class Forwarder:
                 answer: bytes = await channel.unary_unary(path)(
                     request,
                     timeout=limit if left is None else min(limit, left),
-                    metadata=forwarded(context.invocation_metadata()),
+                    metadata=outgoing(context.invocation_metadata()),
                 )
                 return answer
             except grpc.aio.AioRpcError as error:

@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
+from neo_common.grpc.auth import HEADER
+from neo_common.grpc.principal import TENANT_KEY, current
+
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the published stubs lack it
 
 Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -28,6 +31,16 @@ def forwarded(metadata: Any) -> Metadata:
         for key, value in (metadata or ())
         if key == DETAILS_KEY or (key not in HOP_KEYS and not key.startswith(HOP_PREFIXES))
     )
+
+
+def outgoing(metadata: Any) -> Metadata:
+    """What a backend is sent of a client's metadata, and whose call it is. The client's credentials
+    are for the router alone."""
+    passed = tuple(
+        (key, value) for key, value in forwarded(metadata) if key not in (HEADER, TENANT_KEY)
+    )
+    tenant = current().tenant
+    return (*passed, (TENANT_KEY, tenant)) if tenant else passed
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ async def attempt(
     call = channel.unary_stream(path)(
         request,
         timeout=context.time_remaining(),
-        metadata=forwarded(context.invocation_metadata()),
+        metadata=outgoing(context.invocation_metadata()),
     )
     answered = False
     try:

@@ -1,4 +1,5 @@
-"""Between grpc.aio and our handlers: error mapping, malformed requests, refusal while draining."""
+"""Between grpc.aio and our handlers: who may call, error mapping, malformed requests, refusal while
+draining."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from typing import Any
 import grpc
 
 from neo_common.errors import Reason, ServiceError
+from neo_common.grpc import principal
+from neo_common.grpc.auth import Access
 from neo_common.grpc.malformed import bad_text_field
 
 _log = logging.getLogger(__name__)
@@ -44,12 +47,15 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     - `ServiceError` (anything with `to_status()`) becomes that status; any other exception becomes
       INTERNAL with an id that is in the log beside the traceback, and nothing else.
     - Bytes that do not parse end with INVALID_ARGUMENT instead of gRPC's own INTERNAL.
+    - `access` says who calls and whether they may; handlers find them in
+      `neo_common.grpc.principal`.
     - `live` counts the calls of `counted` methods; while `draining` is set, new ones of them end
       with UNAVAILABLE (reason DRAINING). `idle` is set whenever none is live.
     """
 
-    def __init__(self, counted: Callable[[str], bool]) -> None:
+    def __init__(self, counted: Callable[[str], bool], access: Access) -> None:
         self._counted = counted
+        self._access = access
         self.draining = False
         self.live = 0
         self.idle = asyncio.Event()
@@ -83,7 +89,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def call(request: Any, context: Context) -> Any:
             self._enter(method)
             try:
-                self._check(method, request)
+                await self._check(method, request, context)
                 return await inner(request, context)
             except Exception as error:
                 await _answer(method, error, context)
@@ -96,7 +102,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             self._enter(method)
             try:
-                self._check(method, request)
+                await self._check(method, request, context)
                 produced = inner(request, context)
                 if hasattr(produced, "__aiter__"):
                     async for message in produced:
@@ -110,7 +116,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return call
 
-    def _check(self, method: str, request: Any) -> None:
+    async def _check(self, method: str, request: Any, context: Context) -> None:
+        principal.enter(await self._access.admit(method, context))
         if isinstance(request, Malformed):
             raise request.error()
         if self._counted(method):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 TENANT_KEY = "x-neo-tenant"
 """Metadata: whose call it is. Believed where authentication is off, and from a caller whose role is
-`router`; from others it is passed over."""
+`service`; from others it is passed over."""
 MAX_TENANT_CHARS = 128
 
 
@@ -26,9 +26,9 @@ class Role(enum.StrEnum):
     """Call the services that generate, and ask about models."""
     ADMIN = "admin"
     """Drain, and look into a service; includes inference."""
-    ROUTER = "router"
-    """Watch load and call on behalf of other tenants: a router at its backends, or an engine at its
-    cpu_services."""
+    SERVICE = "service"
+    """Be another service of ours, a router at its backends or an engine at its cpu_services: watch
+    load, drain, and call on behalf of other tenants."""
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from neo_common.grpc.auth import Access, Authenticator
 from neo_common.grpc.guard import Guard
+from neo_common.grpc.settings import ListenSettings, is_loopback
+from neo_common.grpc.tls import server_credentials
 
-MAX_MESSAGE_BYTES = 64 << 20
 MAX_PORT = 65535
 # Half-open connections (a client's host gone without a FIN) are found within a minute.
 _OPTIONS = (
@@ -37,9 +39,15 @@ _OPTIONS = (
 class ServiceServer:
     """One listening server. Use from one event loop.
 
-    services: descriptors of what will be added; health and reflection know them by these.
+    services: descriptors of what will be added to `grpc`; health and reflection know them by these.
     counted: which methods (`/package.Service/Method`) a drain waits for and refuses; by default all
     of `services`, so exclude streams that never end by themselves.
+    settings: TLS, authentication, limits.
+    operators: address and descriptors of what will be added to `admin`; without an address `admin`
+    is `grpc`. There, and where only this machine can connect, calls for operators need no
+    authentication; see neo_common.grpc.auth.
+
+    Raises ValueError for key files that cannot be used.
     """
 
     def __init__(
@@ -48,51 +56,78 @@ class ServiceServer:
         services: Iterable[ServiceDescriptor],
         *,
         counted: Callable[[str], bool] | None = None,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        settings: ListenSettings | None = None,
+        operators: tuple[str | None, Iterable[ServiceDescriptor]] = (None, ()),
     ) -> None:
+        self._settings = settings or ListenSettings()
         self._listen = listen
+        self._admin_listen, for_operators = operators
         self._names = [service.full_name for service in services]
+        admin_names = [service.full_name for service in for_operators]
+        if self._admin_listen is None:
+            self._names += [name for name in admin_names if name not in self._names]
         ours = tuple(f"/{name}/" for name in self._names)
-        self.guard = Guard(counted or (lambda method: method.startswith(ours)))
-        limits = (
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
+        counted = counted or (lambda method: method.startswith(ours))
+        self._authenticator = (
+            Authenticator(self._settings) if self._settings.authenticates else None
         )
-        self.grpc = grpc.aio.server(interceptors=[self.guard], options=[*_OPTIONS, *limits])
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
-        reflection.enable_server_reflection(
-            [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self.grpc
-        )
+        self.guard = Guard(counted, Access(self._authenticator, private=is_loopback(listen)))
+        self.grpc = self._server(self.guard, self._names)
+        self.admin = self.grpc
+        if self._admin_listen is not None:
+            access = Access(self._authenticator, private=True)
+            self.admin = self._server(Guard(lambda method: False, access), admin_names)
         self._stop = asyncio.Event()
         self.address = ""
+        self.admin_address = ""
+
+    def _server(self, guard: Guard, names: list[str]) -> grpc.aio.Server:
+        options = [*_OPTIONS, *_limits(self._settings)]
+        server = grpc.aio.server(interceptors=[guard], options=options)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(
+            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
+        )
+        return server
 
     async def start(self) -> str:
         """Listen; returns the address with its real port. Raises ValueError when it cannot."""
-        host, _, port = self._listen.rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"listen must be HOST:PORT, not {self._listen!r}")
-        if int(port) > MAX_PORT:  # gRPC would take the rest of a division by 65536
-            raise ValueError(f"listen: the port must be at most {MAX_PORT}, not {port}")
-        try:
-            bound = self.grpc.add_insecure_port(self._listen)
-        except RuntimeError as error:
-            raise ValueError(
-                f"listen: {self._listen} cannot be bound (is the port in use?); choose another one"
-            ) from error
-        if bound == 0:
-            raise ValueError(f"listen: {self._listen} cannot be bound; choose another port")
+        self.address = self.admin_address = self._bind(self.grpc, self._listen, "listen")
+        if self._admin_listen is not None:
+            self.admin_address = self._bind(self.admin, self._admin_listen, "admin_listen")
         await self.set_serving(False)
         await self.grpc.start()
-        self.address = f"{host}:{bound}"
+        if self.admin is not self.grpc:
+            await self.admin.start()
         return self.address
+
+    def _bind(self, server: grpc.aio.Server, listen: str, setting: str) -> str:
+        host, _, port = listen.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"{setting} must be HOST:PORT, not {listen!r}")
+        if int(port) > MAX_PORT:  # gRPC would take the rest of a division by 65536
+            raise ValueError(f"{setting}: the port must be at most {MAX_PORT}, not {port}")
+        files = self._settings.tls
+        try:
+            if files is None:
+                bound = server.add_insecure_port(listen)
+            else:
+                bound = server.add_secure_port(listen, server_credentials(files))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{setting}: {listen} cannot be bound (is the port in use?); choose another one"
+            ) from error
+        if bound == 0:
+            raise ValueError(f"{setting}: {listen} cannot be bound; choose another port")
+        return f"{host}:{bound}"
 
     async def set_serving(self, serving: bool) -> None:
         """What grpc.health.v1 says, for "" and for each service."""
         status = health_pb2.HealthCheckResponse.NOT_SERVING
         if serving:
             status = health_pb2.HealthCheckResponse.SERVING
-        for name in ["", *self._names]:
+        for name in ["", *self._names]:  # operators may look on either port
             await self._health.set(name, status)
 
     def stop_soon(self) -> None:
@@ -119,5 +154,24 @@ class ServiceServer:
             await asyncio.wait_for(self.guard.idle.wait(), grace_seconds)
         finished = self.guard.idle.is_set()
         # The last answers are still on their way out; calls that are left are cancelled.
-        await self.grpc.stop(0.5)
+        await self.stop(0.5)
         return finished
+
+    async def stop(self, grace_seconds: float = 0.0) -> None:
+        """Close all listeners; calls that are left are cancelled after the grace."""
+        servers = {self.grpc, self.admin}
+        await asyncio.gather(*(server.stop(grace_seconds) for server in servers))
+
+
+def _limits(settings: ListenSettings) -> list[tuple[str, int]]:
+    limit = settings.max_message_mib << 20
+    options = [
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_send_message_length", limit),
+        ("grpc.max_concurrent_streams", settings.max_connection_streams),
+    ]
+    if settings.max_connection_age_seconds:
+        # What runs on an old connection may end there: gRPC's grace for it is infinite.
+        age_ms = round(1000 * settings.max_connection_age_seconds)
+        options.append(("grpc.max_connection_age_ms", age_ms))
+    return options

@@ -69,6 +69,7 @@ def open_host_tier(
         transport=config.offload_transport,
         lease_seconds=config.lease_seconds,
         deadline_seconds=config.sweep_deadline_ms / 1e3,
+        peer=config,
     )
     options.validate()
     if options.transport == "grpc":

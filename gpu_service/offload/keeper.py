@@ -240,7 +240,8 @@ class SessionKeeper:
         session_id = self._session_id
         timeout = _RESUME_SECONDS if self._has_kv else self._options.open_seconds
         attachment: Attachment | None = None
-        link = Link(self._options.address, self._transport.on_tensor, self._waker.wake)
+        options = self._options
+        link = Link(options.address, self._transport.on_tensor, self._waker.wake, options.peer)
         with self._link_lock:
             self._link = link
         try:

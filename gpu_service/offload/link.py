@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
+from neo_common.grpc.channel import peer_credentials, peer_options
+from neo_common.grpc.settings import PeerSettings
 from protos.neo.v1 import cpu_attention_pb2 as pb
 from protos.neo.v1 import cpu_attention_pb2_grpc as pb_grpc
 
@@ -23,6 +25,14 @@ _CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),
 ]
+
+
+def _channel(address: str, peer: PeerSettings) -> grpc.Channel:
+    options = [*_CHANNEL_OPTIONS, *peer_options(peer)]
+    credentials = peer_credentials(peer)
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)
 
 
 class LinkBroken(Exception):
@@ -39,11 +49,16 @@ class Link:
     thread."""
 
     def __init__(
-        self, address: str, on_tensor: Callable[[pb.AttendResponse], None], wake: Callable[[], None]
+        self,
+        address: str,
+        on_tensor: Callable[[pb.AttendResponse], None],
+        wake: Callable[[], None],
+        peer: PeerSettings | None = None,
     ) -> None:
         """`wake` is called, from the reader's thread, when a control message has come or the stream
-        has ended."""
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        has ended. Certificates are read anew for each link. Raises ValueError when they cannot
+        be."""
+        self._channel = _channel(address, peer or PeerSettings())
         self._outgoing: queue.Queue[pb.AttendRequest | None] = queue.Queue(_MAX_QUEUED)
         self._control: queue.SimpleQueue[pb.AttendResponse | LinkBroken] = queue.SimpleQueue()
         self._on_tensor = on_tensor

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kernels.cpu import DType, KvLayout
 from kernels.cpu.dataplane import StepShape
+from neo_common.grpc.settings import PeerSettings
 from neo_common.model_spec import ModelSpec
 
 
@@ -87,6 +88,8 @@ class HostTierOptions:
     touched."""
     spin_us: int = 50
     """How long a wait spins before it sleeps."""
+    peer: PeerSettings = PeerSettings()
+    """TLS and credentials of the connection."""
 
     def validate(self) -> None:
         """Raises ValueError naming the field."""

@@ -19,8 +19,9 @@ from gpu_service.model.structured import Guides
 from gpu_service.model.tokenizer import load_tokenizer
 from gpu_service.offload.factory import host_shape, open_host_tier
 from gpu_service.offload.host_tier import HostTier
+from gpu_service.offload.session_tier import TORCH_DTYPES
 from gpu_service.pipeline.cpu_kv import CpuDeviceKv, layout_of
-from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv, staging_cost
+from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv, without_staging
 from gpu_service.pipeline.launch import Runner
 from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts
@@ -29,7 +30,7 @@ from gpu_service.pipeline.streamed import Staging
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.scheduler import Scheduler
-from kernels.cpu import ThreadPool
+from kernels.cpu import DType, ThreadPool
 from neo_common.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
     device = resolve_device(config.device)
     if config.offload_mode == "asymmetric" and device.type != "cpu":
         raise ValueError(f"offload_mode asymmetric needs device cpu, which is {device.type}")
+    if streamed_blocks(config) and device.type != "cpu" and config.offload_mode != "deferred":
+        raise ValueError(f"streamed_kv_blocks needs offload_mode deferred on {device.type}")
     batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     config = replace(config, max_batch_tokens=batch_tokens)
     spec = read_spec(config.model)
@@ -118,7 +121,7 @@ def assemble(
     if sweeps is not None and model.device.type == "cuda":
         costs = sweeps.costs()
     staging = None
-    if threads is not None and config.streamed_kv_blocks and host.blocks:
+    if threads is not None and streamed_blocks(config):
         staging = Staging(geometry, model.dtype, config.streamed_kv_blocks, threads)
     scheduler = Scheduler(
         SchedulerLimits(
@@ -135,7 +138,7 @@ def assemble(
             cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
             asymmetric=config.offload_mode == "asymmetric",
             cohort_rows=sweeps.table.host if sweeps is not None else 0,
-            streamed_blocks=staging.blocks if staging is not None else 0,
+            streamed_blocks=_staging_blocks(staging, sweeps),
             host_prefill=sweeps is None or not sweeps.table.host,
             force_migration_every=config.force_migration_every,
         ),
@@ -162,17 +165,15 @@ def assemble(
     return BuiltCore(core, ready)
 
 
-def without_staging(config: GpuServiceConfig, blocks: int, layers: int) -> int:
-    """What is left of a GPU pool of so many blocks once staging has its share."""
-    if config.offload == "never" or not config.cpu_services:
-        return blocks
-    left = blocks - staging_cost(config.streamed_kv_blocks, layers)
-    if left < 1:
-        raise ValueError(
-            f"streamed_kv_blocks: staging for {config.streamed_kv_blocks} blocks takes "
-            f"{blocks - left} of {blocks} GPU blocks"
-        )
-    return left
+def _staging_blocks(staging: Staging | None, sweeps: CudaSweeps | None) -> int:
+    if sweeps is not None:
+        return sweeps.cache.layout.staging
+    return 0 if staging is None else staging.blocks
+
+
+def streamed_blocks(config: GpuServiceConfig) -> int:
+    """`streamed_kv_blocks` where there can be a host tier."""
+    return config.streamed_kv_blocks if config.offload != "never" and config.cpu_services else 0
 
 
 def deferred_limits(
@@ -183,10 +184,15 @@ def deferred_limits(
         return None
     from gpu_service.pipeline.cuda.build import DeferredLimits
 
-    step = host_shape(config, spec, dtype).step(
+    shape = host_shape(config, spec, dtype)
+    step = shape.step(
         config.max_running_requests, blocks_for(max_context(config, spec), config.block_tokens)
     )
-    return DeferredLimits(step, config.sweep_deadline_ms / 1e3)
+    kind = shape.layout.dtype
+    host_dtype = torch.int8 if kind is DType.INT8 else TORCH_DTYPES[kind]
+    return DeferredLimits(
+        step, config.sweep_deadline_ms / 1e3, host_dtype, config.streamed_kv_blocks
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -243,7 +249,7 @@ def open_cpu_kv(
     blocks = config.gpu_kv_blocks or int(config.gpu_kv_gib * _GIB) // block_bytes
     if blocks < 1:
         raise ValueError(f"gpu_kv_gib is smaller than one KV block of {block_bytes} bytes")
-    blocks = without_staging(config, blocks, geometry.layers)
+    blocks = without_staging(blocks, streamed_blocks(config), geometry.layers)
     try:
         return CpuDeviceKv(geometry, dtype, blocks, threads)
     except OSError as error:

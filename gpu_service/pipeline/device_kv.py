@@ -42,6 +42,17 @@ def staging_cost(streamed_blocks: int, layers: int) -> int:
     return -(-2 * streamed_blocks // layers)
 
 
+def without_staging(blocks: int, streamed_blocks: int, layers: int) -> int:
+    """What is left of a GPU pool once staging has its share."""
+    cost = staging_cost(streamed_blocks, layers)
+    if cost >= blocks:
+        raise ValueError(
+            f"streamed_kv_blocks: staging for {streamed_blocks} host blocks takes {cost} blocks of "
+            f"the GPU pool, which has {blocks}"
+        )
+    return blocks - cost
+
+
 class DeviceKv(Protocol):
     """Block-paged K and V of every layer on the engine's device. Used by the engine core's thread.
 

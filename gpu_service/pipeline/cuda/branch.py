@@ -30,6 +30,11 @@ class Branch:
         with torch.cuda.stream(self._stream):
             yield
 
+    def follow(self, other: Branch) -> None:
+        """What is launched here from now on comes after what is there, if that is forked."""
+        if other._forked and self._stream is not None and other._stream is not None:
+            self._stream.wait_stream(other._stream)
+
     def join(self) -> None:
         """What is launched from now on comes after the branch."""
         if self._forked and self._stream is not None:

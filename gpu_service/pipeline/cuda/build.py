@@ -16,9 +16,10 @@ from gpu_service.pipeline.cuda.kv import TritonDeviceKv, layout_of
 from gpu_service.pipeline.cuda.runner import CudaSweeps
 from gpu_service.pipeline.cuda.sampling import DeviceDraws
 from gpu_service.pipeline.cuda.shapes import ShapeTable, shape_table
-from gpu_service.pipeline.device_kv import AttentionGeometry
+from gpu_service.pipeline.device_kv import AttentionGeometry, without_staging
 from kernels.cpu.dataplane import StepShape
 from kernels.gpu.host_exchange import HostExchange, StepOffsets
+from kernels.gpu.host_stream import HostStream
 
 _GIB = 1 << 30
 _GRAPH_LAYER_BYTES = 96 << 10
@@ -35,7 +36,7 @@ class CudaLimits:
     memory_utilization: float
     """Part of the device's memory that this process may use."""
     kv_blocks: int = 0
-    """Size of the KV pool; 0 means as many as fit."""
+    """Size of the KV pool, staging included; 0 means as many as fit."""
     table: ShapeTable | None = None
     """None takes the usual padded sizes."""
     deferred: DeferredLimits | None = None
@@ -49,6 +50,10 @@ class DeferredLimits:
     step: StepShape
     deadline_seconds: float
     """How long a sweep waits for the host in one layer."""
+    host_dtype: torch.dtype
+    """The host pool's."""
+    streamed_blocks: int = 0
+    """Most host blocks that one sweep reads into staging; 0: there is none."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,22 @@ def open_cuda(
     if model.device.type == "cuda":
         _warm_up(model, geometry, limits, buffers)
         blocks = _pool_blocks(model, geometry, limits, len(list(table.captured())))
-    kv = TritonDeviceKv(geometry, model.dtype, blocks, model.device, limits.max_running)
+    staging = limits.deferred.streamed_blocks if limits.deferred else 0
+    blocks = without_staging(blocks, staging, geometry.layers)
+    kv = TritonDeviceKv(geometry, model.dtype, blocks, model.device, limits.max_running, staging)
     cache = DeviceCache(kv.layout, kv.memory)
+    stream = None
+    if limits.deferred is not None and staging:
+        stream = HostStream(kv.layout, limits.deferred.host_dtype)
     forward = Forward(
-        model, geometry, cache, buffers.inputs, buffers.activations, table.decode, buffers.exchange
+        model,
+        geometry,
+        cache,
+        buffers.inputs,
+        buffers.activations,
+        table.decode,
+        buffers.exchange,
+        stream,
     )
     graphs = SweepGraphs()
     if model.device.type == "cuda":
@@ -101,8 +118,9 @@ def _buffers(
     rows = max(table.totals[-1], table.decode[-1] + limits.max_batch_tokens) + table.host
     sequences = table.decode[-1] + max(limits.max_running, table.chunks)
     width = blocks_for(limits.max_context_tokens, geometry.block_tokens)
+    staging = limits.deferred.streamed_blocks if limits.deferred else 0
     inputs = SweepInputs(
-        InputLimits(rows, sequences, sequences * width, geometry.layers, table.host),
+        InputLimits(rows, sequences, sequences * width, geometry.layers, table.host, staging),
         geometry.block_tokens,
         model.device,
     )

@@ -5,8 +5,10 @@ waits for the host, so the same calls run at once or are captured in a CUDA grap
                 norm | gate, up | SiLU, multiply | down
     then:       rows that are sampled | norm | head | largest logit
 
-Host rows (deferred mode) come last. On a branch beside attention they leave for the host, and those
-that left in the same layer a sweep ago take their place.
+Streamed rows are decode rows whose tables name staging; their KV comes and goes on branches
+(`gpu_service.pipeline.cuda.streamed`). Host rows (deferred mode) come last. On a branch beside
+attention they leave for the host, and those that left in the same layer a sweep ago take their
+place.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from gpu_service.pipeline.cuda.dense import dense_steps
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import multiprocessors
 from gpu_service.pipeline.cuda.shapes import padded
+from gpu_service.pipeline.cuda.streamed import StreamedLayers
 from gpu_service.pipeline.device_kv import AttentionGeometry
 from kernels.gpu.decode_attention import DecodeAttention, choose_splits
 from kernels.gpu.host_exchange import HostExchange
+from kernels.gpu.host_stream import HostStream
 from kernels.gpu.kv_cache import GpuKvLayout
 from kernels.gpu.prefill_attention import PrefillAttention
 from kernels.gpu.rms_norm import add_rms_norm
@@ -89,9 +93,13 @@ class Forward:
         activations: Activations,
         decode_sizes: tuple[int, ...],
         exchange: HostExchange | None = None,
+        stream: HostStream | None = None,
     ) -> None:
         spec = model.spec
         self._exchange = exchange
+        self._streamed: StreamedLayers | None = None
+        if stream is not None:
+            self._streamed = StreamedLayers(stream, cache.memory, cache.layout.layers, inputs)
         self._model = model
         self._geometry = geometry
         self._cache = cache
@@ -122,6 +130,9 @@ class Forward:
         self._branches = [Branch(model.device) for _ in range(2)]
         """Attention of chunks computes while that of decode rows waits for memory; host rows come
         and go meanwhile."""
+        self._leaving_layout = dataclasses.replace(
+            cache.layout, layers=1, blocks=1, block_tokens=HOST_ROWS, staging=0
+        )
         self._leaving_slots = torch.arange(HOST_ROWS, device=model.device)
 
     @torch.inference_mode()
@@ -133,6 +144,8 @@ class Forward:
         `update` the state of all rows."""
         given, buffers, model = self._inputs, self._buffers, self._model
         rows = shape.rows + shape.host
+        if self._streamed is not None:
+            self._streamed.begin()
         tables = buffers.block_tables[: shape.sequences]
         counted = slice(0, shape.sequences)
         expand_tables(
@@ -153,11 +166,15 @@ class Forward:
             dense.normed(layer.gate_up, update, residual, layer.post_norm, gate_up)
             dense.gated(layer.down, gate_up, update)
         self._head(shape)
+        if self._streamed is not None:
+            self._streamed.end()
 
     def _attention(self, index: int, shape: SweepShape, longest: int) -> None:
         given, buffers, rows = self._inputs, self._buffers, shape.rows
         with self._branches[1].forked(shape.host):
             self._exchange_host_rows(index, shape)
+        if self._streamed is not None:
+            self._streamed.ready(index)
         rope_store(
             buffers.qkv[:rows],
             self._cos_sin,
@@ -168,12 +185,15 @@ class Forward:
             self._cache.layout,
             qk_norm=self._qk_norms[index],
             eps=self._model.spec.norm_eps,
+            layer=index,
         )
         with self._branches[0].forked(shape.decode and shape.prefill):
             self._attend_chunks(index, shape, longest)
         self._attend_decode(index, shape)
         for branch in self._branches:
             branch.join()
+        if self._streamed is not None:
+            self._streamed.read(index)
 
     def _exchange_host_rows(self, index: int, shape: SweepShape) -> None:
         if not shape.host:
@@ -189,7 +209,9 @@ class Forward:
             self._leaving_slots[: shape.host],
             q,
             kv[None],
-            dataclasses.replace(self._cache.layout, layers=1, blocks=1, block_tokens=HOST_ROWS),
+            dataclasses.replace(
+                self._cache.layout, layers=1, blocks=1, block_tokens=HOST_ROWS, staging=0
+            ),
             qk_norm=self._qk_norms[index],
             eps=self._model.spec.norm_eps,
         )
@@ -211,6 +233,7 @@ class Forward:
             buffers.attended[:decode],
             scale=self._geometry.scale,
             window=self._geometry.windows[index],
+            layer=index,
         )
 
     def _attend_chunks(self, index: int, shape: SweepShape, longest: int) -> None:
@@ -228,6 +251,7 @@ class Forward:
             longest=longest,
             scale=self._geometry.scale,
             window=self._geometry.windows[index],
+            layer=index,
         )
 
     def _head(self, shape: SweepShape) -> None:

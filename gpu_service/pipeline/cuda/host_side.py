@@ -20,7 +20,7 @@ from gpu_service.offload.shm_tier import ShmHostTier
 from gpu_service.pipeline.batch import decode_tables
 from gpu_service.pipeline.cohorts import Cohort, host_rows, no_tables
 from gpu_service.pipeline.cuda.forward import DeviceCache
-from gpu_service.pipeline.cuda.inputs import HostInputs
+from gpu_service.pipeline.cuda.inputs import HostInputs, Longs
 from gpu_service.pipeline.cuda.registered import RegisteredSession
 from gpu_service.scheduling.plan import Flight, IterationPlan, Migration, Mode, SubBatch, Tier
 from kernels.cpu import DType
@@ -93,6 +93,15 @@ class HostSide:
         if device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(device, non_blocking=True)
+
+    def pool(self) -> Longs | None:
+        """Where the host pool is and how long a layer of it, for what goes through staging. Needs
+        the memory alone, which stays while the host is away; None if it was never registered."""
+        registered = self._session() or self._registered
+        if registered is None:
+            return None
+        layer_bytes = self._tier.blocks * self._pieces.piece_bytes
+        return np.array([registered.session.pool[0], layer_bytes], np.int64)
 
     # -- sweeps ------------------------------------------------------------------------------
 

@@ -1,11 +1,12 @@
 """What a sweep needs to know, packed by the host and sent to the device in one copy.
 
-    rows:       | GPU decode, padded | prompt chunks, one behind the other, padded | host rows |
-    sequences:  | GPU decode, padded | chunks, padded |          one block table each
-    samples:    | GPU decode, padded | chunks that end in the last known token, padded | host rows |
+    rows:       | decode, padded | prompt chunks, one behind the other, padded | host rows |
+    sequences:  | decode, padded | chunks, padded |          one block table each
+    samples:    | decode, padded | chunks that end in the last known token, padded | host rows |
 
-Padding rows read token 0 at position 0 and store nothing (slot -1); padding sequences have no
-blocks and no length.
+Decode rows are those of the GPU tier, then streamed ones. Tables of streamed rows, and of chunks
+for the host tier, name blocks in staging (`gpu_service.pipeline.cuda.staging`). Padding rows read
+token 0 at position 0 and store nothing (slot -1); padding sequences have no blocks and no length.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import numpy.typing as npt
 import torch
 
 from gpu_service.kv.table import blocks_for, slots_of
-from gpu_service.scheduling.plan import PENDING_TOKEN, DecodeRow, PrefillRow, SubBatch
+from gpu_service.pipeline.cuda.staging import Ints, StagedSequences, staging_arrays
+from gpu_service.scheduling.plan import PENDING_TOKEN, DecodeRow, PrefillRow, SubBatch, Tier
 
-Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 
 
@@ -29,7 +30,7 @@ class SweepShape:
     """Padded sizes: what a CUDA graph fixes."""
 
     decode: int
-    """GPU decode rows."""
+    """Decode rows that attend on the device."""
     prefill: int
     """Rows of prompt chunks."""
     chunks: int
@@ -63,6 +64,8 @@ class InputLimits:
     layers: int = 0
     host: int = 0
     """Host rows beside the others; 0: never any."""
+    staging: int = 0
+    """Blocks in staging."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class SweepInputs:
                 "first_rows": (sequences + 1, np.int32),
                 "table_starts": (sequences, np.int32),
                 "table_counts": (sequences, np.int32),
+                **staging_arrays(limits.staging),
                 # Last, so that only what is used of it is sent.
                 "blocks": (limits.table_blocks, np.int32),
             }
@@ -165,6 +169,14 @@ class SweepInputs:
         """int32 `[sequences]`: where in `blocks` a sequence's ids begin."""
         self.table_counts = device_views["table_counts"]
         """int32 `[sequences]`"""
+        self.stream_pool = device_views["stream_pool"]
+        """int64 `[2]`: the host pool's address, and the bytes of one layer of it."""
+        self.stream_counts = device_views["stream_counts"]
+        """int32 `[2]`: how many entries of `gathered` and of `put` are used."""
+        self.gathered = device_views["gathered"].view(2, limits.staging)
+        """int32 `[2, staging]`: host block, staging block."""
+        self.put = device_views["put"].view(4, limits.staging)
+        """int32 `[4, staging]`: staging block, host block, first token, end."""
         self.blocks = device_views["blocks"]
         """int32"""
         self._turn = 0
@@ -175,23 +187,29 @@ class SweepInputs:
         shape: SweepShape,
         drawn: Mapping[int, int],
         host: HostInputs | None = None,
+        pool: Longs | None = None,
     ) -> dict[int, int]:
         """Fill and copy. Returns where each sampled choice's token will be, but for host rows.
 
-        drawn: choice -> index of its token among those that the sweep before drew.
+        drawn: choice -> index of its token among those that the sweep before drew. pool: as
+        `stream_pool`, if a row or chunk goes through staging.
         """
         assert (host is None) == (shape.host == 0)
         self._turn ^= 1
         arrays = self._host[self._turn]
         self._clear(arrays, shape)
-        place = self._decode_rows(arrays, batch, drawn)
-        place, indices = self._chunk_rows(arrays, batch, shape, place)
+        staged = StagedSequences(arrays, self.limits.staging, self._block_tokens)
+        if pool is not None:
+            arrays["stream_pool"][:] = pool
+        place = self._decode_rows(arrays, batch, drawn, staged)
+        place, indices = self._chunk_rows(arrays, batch, shape, place, staged)
         if host is not None:
             self._host_rows(arrays, host, shape, drawn)
         used = self._packed.offsets["blocks"] + 4 * place
         staging = self._staging[self._turn]
         self._memory[:used].copy_(staging[:used], non_blocking=True)
-        indices.update((row.key, i) for i, row in enumerate(batch.gpu_decode))
+        decode = (*batch.gpu_decode, *batch.streamed)
+        indices.update((row.key, i) for i, row in enumerate(decode))
         return indices
 
     def _clear(self, arrays: dict[str, npt.NDArray[np.generic]], shape: SweepShape) -> None:
@@ -227,9 +245,10 @@ class SweepInputs:
         arrays: dict[str, npt.NDArray[np.generic]],
         batch: SubBatch,
         drawn: Mapping[int, int],
+        staged: StagedSequences,
     ) -> int:
         """Returns how many block ids were written."""
-        rows, size = batch.gpu_decode, self._block_tokens
+        rows, size = (*batch.gpu_decode, *batch.streamed), self._block_tokens
         count = len(rows)
         if not count:
             return 0
@@ -243,7 +262,9 @@ class SweepInputs:
                 arrays["sources"][i] = drawn[row.key]
         arrays["samples"][:count] = np.arange(count)
         last = positions // size
-        tables = [row.blocks[: n + 1] for row, n in zip(rows, last.tolist(), strict=True)]
+        own = len(batch.gpu_decode)
+        tables = [row.blocks[: n + 1] for row, n in zip(rows[:own], last.tolist(), strict=False)]
+        tables += [staged.place(r.blocks, r.length - 1, r.length) for r in batch.streamed]
         ends = np.cumsum(last + 1)
         blocks = arrays["blocks"]
         np.concatenate(tables, out=blocks[: ends[-1]])
@@ -258,6 +279,7 @@ class SweepInputs:
         batch: SubBatch,
         shape: SweepShape,
         place: int,
+        staged: StagedSequences,
     ) -> tuple[int, dict[int, int]]:
         """Returns how many block ids there are now, and the samples of chunks."""
         first_rows = arrays["first_rows"]
@@ -265,7 +287,7 @@ class SweepInputs:
         row, sequence, sample = shape.decode, shape.decode, shape.decode
         indices: dict[int, int] = {}
         for chunk in batch.prefill:
-            place = self._chunk(arrays, chunk, sequence, row, place)
+            place = self._chunk(arrays, chunk, sequence, row, place, staged)
             if chunk.samples:
                 arrays["samples"][sample] = row + len(chunk.token_ids) - 1
                 indices[chunk.key] = sample
@@ -284,15 +306,19 @@ class SweepInputs:
         sequence: int,
         row: int,
         place: int,
+        staged: StagedSequences,
     ) -> int:
         tokens = len(chunk.token_ids)
         length, rows = chunk.start + tokens, slice(row, row + tokens)
+        blocks = chunk.blocks
+        if chunk.tier is Tier.HOST:
+            blocks = staged.place(blocks, chunk.start, length)
         arrays["token_ids"][rows] = chunk.token_ids
         arrays["positions"][rows] = np.arange(chunk.start, length)
-        arrays["slots"][rows] = slots_of(chunk.blocks, chunk.start, tokens, self._block_tokens)
+        arrays["slots"][rows] = slots_of(blocks, chunk.start, tokens, self._block_tokens)
         arrays["lengths"][sequence] = length
         count = blocks_for(length, self._block_tokens)
-        arrays["blocks"][place : place + count] = chunk.blocks[:count]
+        arrays["blocks"][place : place + count] = blocks[:count]
         arrays["table_starts"][sequence] = place
         arrays["table_counts"][sequence] = count
         return place + count

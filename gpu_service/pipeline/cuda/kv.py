@@ -16,13 +16,14 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def layout_of(geometry: AttentionGeometry, blocks: int) -> GpuKvLayout:
+def layout_of(geometry: AttentionGeometry, blocks: int, staging: int = 0) -> GpuKvLayout:
     return GpuKvLayout(
         layers=geometry.layers,
         blocks=blocks,
         kv_heads=geometry.kv_heads,
         block_tokens=geometry.block_tokens,
         head_dim=geometry.head_dim,
+        staging=staging,
     )
 
 
@@ -36,8 +37,10 @@ class TritonDeviceKv:
         blocks: int,
         device: torch.device,
         max_rows: int,
+        staging: int = 0,
     ) -> None:
-        self.layout = layout_of(geometry, blocks)
+        """staging: as `GpuKvLayout.staging`."""
+        self.layout = layout_of(geometry, blocks, staging)
         self.memory = self.layout.allocate(dtype, device)
         """`layout.shape`"""
         self.blocks = blocks

@@ -18,7 +18,7 @@ from gpu_service.offload.shm_tier import ShmHostTier
 from gpu_service.pipeline.cuda.forward import Activations, DeviceCache, Forward
 from gpu_service.pipeline.cuda.graphs import SweepGraphs
 from gpu_service.pipeline.cuda.host_side import HostSide, HostSweep
-from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
+from gpu_service.pipeline.cuda.inputs import Longs, SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.logprobs import LandingLogprobs, SweepLogprobs
 from gpu_service.pipeline.cuda.sampling import DeviceDraws, Draw
 from gpu_service.pipeline.cuda.shapes import ShapeTable
@@ -106,21 +106,36 @@ class CudaRunner:
         begin = self._mark()
         lost = self._host.migrate(plan.migrations) if self._host else frozenset()
         (batch,) = plan.batches or (SubBatch(),)
-        assert all(chunk.tier is Tier.GPU for chunk in batch.prefill)
         beside = None
         if plan.mode is Mode.DEFERRED:
             assert self._host is not None
             beside = self._host.begin(plan, batch)
+        batch, pool, gone = self._staged(batch)
+        lost |= gone
         if beside is None and not plan.batches:
             return DoneSweep(self._nothing(plan, lost))
         try:
-            return self._queue(plan, batch, beside, sampling, begin, lost)
+            return self._queue(plan, batch, beside, pool, sampling, begin, lost)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             self._sweeps.draws.forget()
             under_way = self._host.lose() if self._host else ()
             return DoneSweep(out_of_memory(plan, lost, under_way))
+
+    def _staged(self, batch: SubBatch) -> tuple[SubBatch, Longs | None, frozenset[int]]:
+        """Without what goes through staging if the host pool cannot be reached; where that is; and
+        the choices that were left out."""
+        chunks = [chunk for chunk in batch.prefill if chunk.tier is Tier.HOST]
+        if not chunks and not batch.streamed:
+            return batch, None, frozenset()
+        assert self._host is not None
+        pool = self._host.pool()
+        if pool is not None:
+            return batch, pool, frozenset()
+        kept = tuple(chunk for chunk in batch.prefill if chunk.tier is Tier.GPU)
+        gone = frozenset(c.key for c in chunks) | frozenset(row.key for row in batch.streamed)
+        return dataclasses.replace(batch, prefill=kept, streamed=()), None, gone
 
     def _nothing(self, plan: IterationPlan, lost: frozenset[int]) -> SweepResult:
         """Of a plan without rows: the host is away, and what was under way has come to nothing."""
@@ -132,13 +147,14 @@ class CudaRunner:
         plan: IterationPlan,
         batch: SubBatch,
         beside: HostSweep | None,
+        pool: Longs | None,
         sampling: Mapping[int, SamplingRow],
         begin: torch.cuda.Event | None,
         lost: frozenset[int],
     ) -> QueuedSweep:
         shape = self._sweeps.table.shape_for(batch, deferred=beside is not None)
         inputs = beside.inputs if beside else None
-        self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn, inputs)
+        self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn, inputs, pool)
         if not self._sweeps.graphs.replay(shape):
             longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
             self._sweeps.forward.run(shape, longest)
@@ -178,7 +194,8 @@ class CudaRunner:
         sampling: Mapping[int, SamplingRow],
     ) -> SweepLogprobs:
         """Draw anew for those who want more than the largest logit."""
-        places = [(row.key, row.length, self._drawn[row.key]) for row in batch.gpu_decode]
+        decode = (*batch.gpu_decode, *batch.streamed)
+        places = [(row.key, row.length, self._drawn[row.key]) for row in decode]
         places += [
             (row.key, row.start + len(row.token_ids), self._drawn[row.key])
             for row in batch.prefill
@@ -289,7 +306,8 @@ def _arriving(
     """By choice: those that still run. One with a row of its own in this sweep began anew since."""
     if beside is None:
         return {}
-    busy = {chunk.key for chunk in batch.prefill} | {row.key for row in batch.gpu_decode}
+    busy = {chunk.key for chunk in batch.prefill}
+    busy |= {row.key for row in (*batch.gpu_decode, *batch.streamed)}
     cohort = beside.finishing
     lengths = cohort.tables.lengths.tolist()
     return {

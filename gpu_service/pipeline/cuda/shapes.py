@@ -64,7 +64,7 @@ class ShapeTable:
         return replace(self._shape_for(batch), host=self.host if deferred else 0)
 
     def _shape_for(self, batch: SubBatch) -> SweepShape:
-        rows = len(batch.gpu_decode)
+        rows = len(batch.gpu_decode) + len(batch.streamed)
         prefill = sum(len(chunk.token_ids) for chunk in batch.prefill)
         if not prefill:
             return SweepShape(padded(self.decode, rows), 0, 0)

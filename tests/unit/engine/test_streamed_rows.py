@@ -126,7 +126,7 @@ def test_staging_counts_inside_the_gpu_pool() -> None:
         kv = open_cpu_kv(made, geometry(4), torch.float32, threads)
         assert kv.blocks == made.gpu_kv_blocks - 4
         too_many = config("tiny", offload="auto", cpu_services=("a",), streamed_kv_blocks=400)
-        with pytest.raises(ValueError, match="streamed_kv_blocks: staging for 400 blocks takes"):
+        with pytest.raises(ValueError, match="streamed_kv_blocks: staging for 400 host blocks"):
             open_cpu_kv(too_many, geometry(4), torch.float32, threads)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kernels.cpu import DType, KvLayout
 from kernels.cpu.dataplane import StepShape
@@ -88,7 +88,7 @@ class HostTierOptions:
     touched."""
     spin_us: int = 50
     """How long a wait spins before it sleeps."""
-    peer: PeerSettings = PeerSettings()
+    peer: PeerSettings = field(default_factory=PeerSettings)
     """TLS and credentials of the connection."""
 
     def validate(self) -> None:

@@ -77,7 +77,7 @@ def parse_keys(data: bytes, source: str) -> Keys:
     try:
         entries = json.loads(data)["keys"]
         keys = tuple(key for entry in entries if (key := _jwk(entry)) is not None)
-    except (ValueError, KeyError, TypeError, jwt.PyJWTError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, jwt.PyJWTError) as error:
         raise ValueError(f"jwt_keys: {source} must hold PEM public keys or a JWKS") from error
     if not keys:
         raise ValueError(f"jwt_keys: {source} holds no key for RS256, ES256 or EdDSA signatures")

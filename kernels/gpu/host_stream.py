@@ -116,14 +116,20 @@ def _put_kernel(
             tl.load(moves_ptr + 3 * most + entry),
         )
         address = _region(pool_ptr, layer, block, head, KV_HEADS, region)
-        host = address.to(tl.pointer_type(dtype))
-        scales = (address + 2 * half * size).to(tl.pointer_type(tl.float32))
+        host = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+        scales = tl.multiple_of((address + 2 * half * size).to(tl.pointer_type(tl.float32)), 16)
         source = staging_ptr + (staged.to(tl.int64) * 2 * KV_HEADS + head) * half
-        _put(source, host, scales, first, end, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
-        _put(
-            source + KV_HEADS * half, host + half, scales + BLOCK, first, end, False,
-            QUANTISED, BLOCK, DIM, DIM_PAD, W,
-        )  # fmt: skip
+        values, target = source + KV_HEADS * half, host + half
+        if (first == 0) & (end == BLOCK):
+            # Whole blocks, of prompts, leave 16 bytes at a time; tokens are scattered in them.
+            move(source, host, scales, True, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+            move(values, target, scales + BLOCK, False, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+        else:
+            _put(source, host, scales, first, end, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+            _put(
+                values, target, scales + BLOCK, first, end, False,
+                QUANTISED, BLOCK, DIM, DIM_PAD, W,
+            )  # fmt: skip
 
 
 class HostStream:

@@ -14,8 +14,11 @@ pytest.importorskip("triton")
 
 from kernels import cpu
 from kernels.gpu import host_stream
+from kernels.gpu.decode_attention import DecodeAttention
 from kernels.gpu.host_stream import HostStream
 from kernels.gpu.kv_cache import STAGED, GpuKvLayout
+from kernels.gpu.prefill_attention import PrefillAttention
+from kernels.gpu.rope_store import rope_store
 from kernels.gpu.tensors import INTERPRET
 from tests.support.mutants import mutated
 
@@ -38,7 +41,7 @@ HOST_TYPES = {
 }
 GATHERED = ((2, 0), (6, 5), (0, 3))
 """Host block, staging block"""
-PUT = ((5, 6, 0, 1), (3, 0, 7, 8), (0, 2, 15, 16), (1, 4, 3, 14))
+PUT = ((5, 6, 0, 1), (3, 0, 7, 8), (0, 2, 15, 16), (1, 4, 3, 14), (4, 5, 0, 0))
 """Staging block, host block, first token, end"""
 
 
@@ -100,14 +103,15 @@ def check_gather(both: Both, make: Any = HostStream) -> None:
 
 def check_put(both: Both, make: Any = HostStream) -> None:
     layer, staging = 1, both.staging[1]
-    before = both.bytes.copy()
+    before, size = both.bytes.copy(), both.layout.block_tokens
+    # The last one is a whole block.
+    puts = [(*put[:3], put[3] or size) for put in PUT]
     make(both.layout, both.host_dtype).put(
-        layer, staging, table(PUT, 4), counts(9, len(PUT)), both.where
+        layer, staging, table(puts, 4), counts(9, len(puts)), both.where
     )
     found = both.bytes.copy()
     both.bytes[:] = before
-    size = both.layout.block_tokens
-    for staged, block, first, end in PUT:
+    for staged, block, first, end in puts:
         k, v = staging[staged].transpose(1, 2)[:, first:end].contiguous()
         both.pool.write(layer, torch.arange(first, end) + block * size, k, v)
     assert np.array_equal(found, both.bytes)
@@ -168,6 +172,7 @@ MUTANTS = {
     "no scales in between": ("(8 * BLOCK if QUANTISED else 0)", "0", "bf16-int8"),
     "one token too many": ("(token < end)", "(token <= end)", "bf16-int8"),
     "a block's other tokens": ("(turned >= first)", "(turned >= 0)", "bf16"),
+    "a whole block's other half": ("move(values, target", "move(source, target", "bf16"),
     "keys in the order of values": ("if IS_KEY:", "if False:", "bf16"),
 }
 
@@ -184,3 +189,43 @@ def test_mutants_are_found(name: str, tmp_path: Path) -> None:
 
     with pytest.raises(AssertionError):
         check()
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_attention_reads_staging_as_it_reads_the_cache(layer: int) -> None:
+    """The same tokens in the layer's own blocks and, in part, in staging."""
+    layout = GpuKvLayout(LAYERS, BLOCKS, 2, 16, 32, staging=STAGING)
+    cache = layout.allocate(torch.float32, "cpu")
+    staging, draw = layout.staged(cache), torch.Generator().manual_seed(layer)
+    cache[:] = torch.randn(cache.shape, generator=draw)
+    staging.fill_(float("nan"))
+    for block, staged in ((1, 4), (3, 0)):
+        staging[layer % 2, staged] = cache[layer, block]
+    own = torch.tensor([[2, 1, 3]], dtype=torch.int32)
+    mixed = torch.tensor([[2, STAGED + 4, STAGED]], dtype=torch.int32)
+    lengths = torch.tensor([37], dtype=torch.int32)
+    decode = DecodeAttention(layout, 4, 1, 2, "cpu")
+    prefill = PrefillAttention(layout, 4, "cpu")
+    q, first_rows = torch.randn(5, 4, 32, generator=draw), torch.tensor([0, 5], dtype=torch.int32)
+    told = []
+    for tables in (own, mixed):
+        out = torch.zeros(6, 4, 32)
+        decode(q[:1], cache[layer], tables, lengths, out[:1], scale=0.2, layer=layer)
+        prefill(
+            q, cache[layer], tables, lengths, first_rows, out[1:], longest=5, scale=0.2, layer=layer
+        )
+        told.append(out)
+    assert torch.equal(*told)
+    assert told[0].isfinite().all()
+
+
+def test_new_tokens_are_stored_in_staging() -> None:
+    layout = GpuKvLayout(LAYERS, BLOCKS, 2, 16, 32, staging=STAGING)
+    cache = layout.allocate(torch.float32, "cpu")
+    staging = layout.staged(cache)
+    qkv, cos_sin = torch.randn(2, 8, 32), torch.rand(8, 2, 16)
+    slots, positions = torch.tensor([(STAGED + 3) * 16 + 5, 2 * 16 + 7]), torch.tensor([1, 1])
+    rope_store(qkv, cos_sin, positions, slots, torch.empty(2, 4, 32), cache[1], layout, layer=1)
+    assert torch.equal(staging[1, 3, 1, :, 5], qkv[0, 6:])
+    assert torch.equal(cache[1, 2, 1, :, 7], qkv[1, 6:])
+    assert torch.count_nonzero(staging) == torch.count_nonzero(cache) == 2 * 2 * 32

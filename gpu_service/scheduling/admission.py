@@ -60,7 +60,9 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
             (
                 t
                 for t in state.start_tiers(choice)
-                if t in open_tiers and fits(state, choice, t, headroom)
+                if t in open_tiers
+                and batch.has_room(choice, t)
+                and fits(state, choice, t, headroom)
             ),
             None,
         )
@@ -69,7 +71,7 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
             continue
         state.start(choice, tier, state.shareable_blocks(choice, tier))
         headroom[tier] += state.growth_of(choice, ADMISSION_HORIZON_TOKENS)
-        batch.add(choice)
+        batch.add(choice, starts=True)
         started.append(choice)
     return started
 

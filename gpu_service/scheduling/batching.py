@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gpu_service.kv.table import blocks_for
+from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import DecodeRow, PrefillRow, SubBatch, Tier
 from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.state import SchedulerState
@@ -12,23 +14,31 @@ from gpu_service.scheduling.streaming import streamed
 
 
 class BatchBuilder:
-    """Collects the rows of one sub-batch within a token budget."""
+    """Collects the rows of one sub-batch within a token budget, and within staging."""
 
-    def __init__(self, budget: int, iteration: int) -> None:
+    def __init__(self, budget: int, iteration: int, limits: SchedulerLimits) -> None:
         self.budget = budget
         """Tokens that may still be added."""
+        self._staging = limits.streamed_blocks
+        """Blocks that staging still has room for."""
+        self._limits = limits
         self._iteration = iteration
         self._prefill: list[PrefillRow] = []
         self._decode: dict[Tier, list[DecodeRow]] = {tier: [] for tier in Tier}
         self._streamed: list[DecodeRow] = []
 
-    def add(self, choice: Choice, *, streams: bool = False) -> None:
+    def has_room(self, choice: Choice, tier: Tier) -> bool:
+        """For all its known tokens in staging, if a chunk of it needs any there."""
+        return not self._is_staged(tier) or self._blocks(choice.length) <= self._staging
+
+    def add(self, choice: Choice, *, streams: bool = False, starts: bool = False) -> None:
         """The next tokens of a running choice: one if it is decoding, else as long a chunk as the
-        budget allows. `streams`: it decodes on the device, over its KV on the host."""
+        budget allows. `streams`: it decodes on the device, over its KV on the host. `starts`: it
+        is new here, and the host waits for no row of it."""
         assert self.budget > 0
         assert choice.tier is not None
         choice.last_planned = self._iteration
-        if choice.is_decoding:
+        if choice.is_decoding and not (starts and self._is_staged(choice.tier)):
             row = DecodeRow(
                 key=choice.key,
                 token_id=choice.last_token_id(),
@@ -37,10 +47,18 @@ class BatchBuilder:
             )
             (self._streamed if streams else self._decode[choice.tier]).append(row)
             self.budget -= 1
+            self._staging -= self._blocks(choice.length) if streams else 0
             return
         end = min(choice.length, choice.computed + self.budget)
         self._prefill.append(_chunk(choice, choice.tier, end))
         self.budget -= end - choice.computed
+        self._staging -= self._blocks(end) if self._is_staged(choice.tier) else 0
+
+    def _is_staged(self, tier: Tier) -> bool:
+        return tier is Tier.HOST and self._limits.staged_prompts
+
+    def _blocks(self, tokens: int) -> int:
+        return blocks_for(tokens, self._limits.block_tokens)
 
     def build(self) -> tuple[SubBatch, ...]:
         batch = SubBatch(
@@ -82,7 +100,8 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
     decoding = [choice for choice in ready if choice.is_decoding]
     host = [choice for choice in decoding if choice.tier is Tier.HOST]
     limits = state.limits
-    streams = streamed(host, limits.streamed_blocks, limits.block_tokens, state.host_sweep_ms)
+    room = limits.streamed_blocks - _prompts_share(state, ready)
+    streams = streamed(host, room, limits.block_tokens, state.host_sweep_ms)
     if limits.cohorts:
         going = streams | cohort(state, host, streams)
         decoding = [c for c in decoding if c.tier is Tier.GPU or c in going]
@@ -91,8 +110,26 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
     for choice in ready:
         if batch.budget == 0:
             return
-        if not choice.is_decoding:
+        if not choice.is_decoding and choice.tier and batch.has_room(choice, choice.tier):
             batch.add(choice)
+
+
+def _prompts_share(state: SchedulerState, ready: Sequence[Choice]) -> int:
+    """Blocks of staging that prompts come to before streamed rows: those under way, and the one
+    that would be next."""
+    limits = state.limits
+    if not limits.staged_prompts:
+        return 0
+    prompts = [c for c in ready if c.tier is Tier.HOST and not c.is_decoding]
+    waiting = next(iter(state.waiting), None)
+    if waiting is not None and Tier.HOST in state.start_tiers(waiting):
+        needed = blocks_for(waiting.length, limits.block_tokens)
+        prompts += [waiting] if state.fits(Tier.HOST, needed) else []
+    share = 0
+    for choice in prompts:
+        needed = blocks_for(choice.length, limits.block_tokens)
+        share += needed if share + needed <= limits.streamed_blocks else 0
+    return share
 
 
 def cohort(state: SchedulerState, ready: Sequence[Choice], streams: set[Choice]) -> set[Choice]:

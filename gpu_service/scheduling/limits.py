@@ -35,11 +35,13 @@ class SchedulerLimits:
     asymmetric: bool = False
     """Host decode rows are split over two sub-batches, which take turns with the device."""
     streamed_blocks: int = 0
-    """Most host blocks that one sweep reads over the link, for rows that attend on the device; 0:
-    none do."""
+    """Most host blocks that one sweep reads over the link, for rows that attend on the device: so
+    many has the device's staging room for. 0: none do."""
     host_prefill: bool = True
     """Prompts may be computed for the host tier. Else every choice starts on the GPU tier, and is
     demoted once it decodes."""
+    staged_prompts: bool = False
+    """Prompts for the host tier go through the device's staging, and count in `streamed_blocks`."""
     force_migration_every: int = 0
     """Testing aid: every that many iterations some choice changes its tier; 0 means never."""
 

@@ -69,14 +69,15 @@ def may_move(state: SchedulerState, choice: Choice) -> bool:
 
 def _settled(state: SchedulerState, choice: Choice) -> bool:
     """It can change its tier now: no row of it is under way, and on the host it could go on."""
-    goes_on = state.limits.host_prefill or choice.tier is Tier.HOST or choice.is_decoding
+    goes_on = state.prefills_on_host(choice) or choice.tier is Tier.HOST or choice.is_decoding
     return state.host_up and choice.flight is None and goes_on
 
 
 def send_down(state: SchedulerState) -> list[Migration]:
-    """Where prompts are computed on the GPU tier alone: at most one demotion an iteration, of a
-    choice that decodes."""
-    if state.limits.host_prefill or not state.usable(Tier.HOST):
+    """Where prompts, or long ones, are computed on the GPU tier alone: at most one demotion an
+    iteration, of a choice that decodes."""
+    limits = state.limits
+    if (limits.host_prefill and not limits.staged_prompts) or not state.usable(Tier.HOST):
         return []
     decoding = [
         choice

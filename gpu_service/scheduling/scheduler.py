@@ -142,7 +142,7 @@ class Scheduler:
         migrations += residency.grow(state)
         if not migrations and not self.limits.force_migration_every:
             migrations += residency.send_down(state) or residency.promote(state)
-        batch = BatchBuilder(token_budget(state, self.costs), self.iterations)
+        batch = BatchBuilder(token_budget(state, self.costs), self.iterations, self.limits)
         add_running(state, batch)
         for choice in admission.admit(state, batch):
             request = choice.request
@@ -181,7 +181,8 @@ class Scheduler:
         Not so with host rows, whose results may be void, unless the device itself deals with them:
         what is under way is then left alone until it lands, and what has come to nothing is heard
         of a sweep late. Nor where the next draw is not the device's own and depends on the last."""
-        device_deals = self.limits.cohorts > 0 and not self.limits.host_prefill
+        limits = self.limits
+        device_deals = limits.cohorts > 0 and (limits.staged_prompts or not limits.host_prefill)
         if self.state.flights and not device_deals:
             return False
         return all(

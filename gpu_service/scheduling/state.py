@@ -70,7 +70,15 @@ class SchedulerState:
 
     def start_tiers(self, choice: Choice) -> tuple[Tier, ...]:
         """Where its prompt may be computed, the preferred tier first."""
-        return choice.request.tiers if self.limits.host_prefill else (Tier.GPU,)
+        return choice.request.tiers if self.prefills_on_host(choice) else (Tier.GPU,)
+
+    def prefills_on_host(self, choice: Choice) -> bool:
+        """Its tokens may be computed for the host tier, now or again later."""
+        limits = self.limits
+        if not limits.staged_prompts:
+            return limits.host_prefill
+        needed = blocks_for(choice.final_length - 1, limits.block_tokens)
+        return limits.host_prefill and needed <= limits.streamed_blocks
 
     def _host_meets(self, tpot_ms: float) -> bool:
         """Unknown counts as no: a promise that nobody has measured is not made."""

@@ -14,7 +14,12 @@ from gpu_service.scheduling.plan import Mode, SubBatch
 from gpu_service.scheduling.scheduler import Scheduler
 from tests.support.fake_model import Machine, expected_output, limits, submit
 
-MODES = [{"cohorts": 0}, {"cohorts": 4}, {"cohorts": 4, "cohort_rows": 2, "host_prefill": False}]
+MODES = [
+    {"cohorts": 0},
+    {"cohorts": 4},
+    {"cohorts": 4, "cohort_rows": 2, "host_prefill": False},
+    {"cohorts": 4, "cohort_rows": 2, "staged_prompts": True},
+]
 
 
 def workload(seed: int, count: int = 20) -> list[Submit]:

@@ -205,7 +205,13 @@ class Machine:
         assert len(plan.batches) <= (2 if plan.mode is Mode.ASYMMETRIC else 1)
         streamed = [row for batch in plan.batches for row in batch.streamed]
         read = sum(blocks_for(row.length, bounds.block_tokens) for row in streamed)
+        if bounds.staged_prompts:
+            chunks = [row for b in plan.batches for row in b.prefill if row.tier is Tier.HOST]
+            ends = [row.start + len(row.token_ids) for row in chunks]
+            read += sum(blocks_for(end, bounds.block_tokens) for end in ends)
         assert read <= bounds.streamed_blocks
+        for batch in plan.batches if bounds.cohort_rows else ():
+            assert len(batch.host_decode) <= bounds.cohort_rows
         if plan.mode is Mode.ASYMMETRIC:
             second = plan.batches[1]
             assert second.tokens == len(second.host_decode) > 0, "it attends on the device"

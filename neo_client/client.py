@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import grpc
 
+from neo_client.connect import Connection, Retries, Tls, Token
 from neo_client.options import (
-    CHANNEL_OPTIONS,
     Prompt,
     Sampling,
     Scheduling,
@@ -32,13 +32,24 @@ class Client:
     retry delay from it. `deadline_seconds` bounds the whole call; None means no limit.
     """
 
-    def __init__(self, address: str, *, credentials: grpc.ChannelCredentials | None = None) -> None:
-        self.channel = (
-            grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+    def __init__(
+        self,
+        address: str,
+        *,
+        tls: Tls | None = None,
+        token: Token | None = None,
+        retries: Retries | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """See `neo_client.connect.Connection`. Raises ValueError."""
+        self.connection = Connection(
+            address, tls=tls, token=token, retries=retries, credentials=credentials
         )
+        self.channel = self.connection.open()
         self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    def _call(self, timeout: float | None = QUESTION_SECONDS) -> dict[str, Any]:
+        return {"timeout": timeout, "metadata": self.connection.metadata()}
 
     def generate(
         self,
@@ -56,7 +67,9 @@ class Client:
             prompt, model=model, request_id=request_id, sampling=sampling, scheduling=scheduling,
             **flags,
         )  # fmt: skip
-        answer: inference.GenerateResponse = self._stub.Generate(request, timeout=deadline_seconds)
+        answer: inference.GenerateResponse = self._stub.Generate(
+            request, **self._call(deadline_seconds)
+        )
         return answer
 
     @contextlib.contextmanager
@@ -81,23 +94,23 @@ class Client:
             prompt, model=model, request_id=request_id, sampling=sampling, scheduling=scheduling,
             **flags,
         )  # fmt: skip
-        call: Any = self._stub.GenerateStream(request, timeout=deadline_seconds)
+        call: Any = self._stub.GenerateStream(request, **self._call(deadline_seconds))
         try:
             yield call
         finally:
             call.cancel()
 
     def abort(self, request_id: str) -> None:
-        self._stub.Abort(inference.AbortRequest(request_id=request_id), timeout=QUESTION_SECONDS)
+        self._stub.Abort(inference.AbortRequest(request_id=request_id), **self._call())
 
     def models(self) -> list[inference.Model]:
-        answer = self._stub.ListModels(inference.ListModelsRequest(), timeout=QUESTION_SECONDS)
+        answer = self._stub.ListModels(inference.ListModelsRequest(), **self._call())
         return list(answer.models)
 
     def model(self, name: str = "") -> inference.Model:
         """The model called `name`, or the default one."""
         request = inference.GetModelRequest(model=name)
-        model: inference.Model = self._stub.GetModel(request, timeout=QUESTION_SECONDS).model
+        model: inference.Model = self._stub.GetModel(request, **self._call()).model
         return model
 
     def tokenize(
@@ -105,7 +118,7 @@ class Client:
     ) -> list[int]:
         """Token ids of a text, or of a chat rendered with the model's template."""
         request = tokenize_request(prompt, model, skip_special_tokens)
-        return list(self._stub.Tokenize(request, timeout=QUESTION_SECONDS).token_ids)
+        return list(self._stub.Tokenize(request, **self._call()).token_ids)
 
     def detokenize(
         self, token_ids: list[int], *, model: str = "", include_special_tokens: bool = False
@@ -113,7 +126,7 @@ class Client:
         request = inference.DetokenizeRequest(
             model=model, token_ids=token_ids, include_special_tokens=include_special_tokens
         )
-        return str(self._stub.Detokenize(request, timeout=QUESTION_SECONDS).text)
+        return str(self._stub.Detokenize(request, **self._call()).text)
 
     def close(self) -> None:
         self.channel.close()

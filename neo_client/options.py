@@ -1,4 +1,4 @@
-"""What a caller says about a request, and how channels are set up; shared by both clients."""
+"""What a caller says about a request; shared by both clients."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ PLACEMENTS = {
     "gpu-only": types.PLACEMENT_GPU_ONLY,
     "cpu-preferred": types.PLACEMENT_CPU_PREFERRED,
 }
-
-MAX_MESSAGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -165,43 +163,3 @@ def generate_request(
         except (ValueError, TypeError) as error:
             raise ValueError(f"prompt must be token ids of 32 bits: {error}") from None
     return request
-
-
-def _retries(service: str, methods: Sequence[str], attempts: int) -> dict[str, object]:
-    return {
-        "name": [{"service": f"neo.v1.{service}", "method": method} for method in methods],
-        "retryPolicy": {
-            "maxAttempts": attempts,
-            "initialBackoff": "0.1s",
-            "maxBackoff": "2s",
-            "backoffMultiplier": 3,
-            "retryableStatusCodes": ["UNAVAILABLE"],
-        },
-    }
-
-
-SERVICE_CONFIG = json.dumps(
-    {
-        "methodConfig": [
-            # Questions: asking twice does no harm.
-            _retries(
-                "InferenceService", ["ListModels", "GetModel", "Tokenize", "Detokenize"], attempts=4
-            ),
-            # gRPC retries these only while no message of the answer has come.
-            _retries("InferenceService", ["Generate", "GenerateStream"], attempts=3),
-            _retries("EngineService", ["GetLoad", "GetInfo"], attempts=4),
-            _retries("RouterService", ["ListBackends"], attempts=4),
-        ]
-    }
-)
-"""Retries by policy, on named methods. Abort and Drain are not among them."""
-
-CHANNEL_OPTIONS: tuple[tuple[str, str | int], ...] = (
-    ("grpc.service_config", SERVICE_CONFIG),
-    ("grpc.enable_retries", 1),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A half-open connection is noticed within a minute, also while a stream waits for tokens.
-    ("grpc.keepalive_time_ms", 45_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)

@@ -7,9 +7,9 @@ from typing import Any
 
 import grpc
 
-from neo_client.commands.generate import DEFAULT_ADDRESS
+from neo_client.commands.flags import add_connection, connection_of
 from neo_client.commands.load import reports
-from neo_client.options import CHANNEL_OPTIONS
+from neo_client.connect import Connection
 from protos.neo.v1 import engine_pb2 as engine
 from protos.neo.v1 import engine_pb2_grpc, router_pb2_grpc
 from protos.neo.v1 import router_pb2 as router
@@ -25,10 +25,7 @@ def add(subparsers: Any) -> None:
         "It stays up; stop it afterwards (SIGTERM drains as well).",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT",
-        help="of the gpu_service, or of a router with --backend (default: %(default)s)",
-    )  # fmt: skip
+    add_connection(parser, "the gpu_service, or of a router with --backend: their admin listener")
     parser.add_argument(
         "--backend",
         metavar="HOST:PORT",
@@ -41,27 +38,29 @@ def add(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with grpc.insecure_channel(arguments.address, options=CHANNEL_OPTIONS) as channel:
-        live = drain(channel, arguments.backend)
+    connection = connection_of(arguments)
+    with connection.open() as channel:
+        live = drain(channel, connection, arguments.backend)
         target = arguments.backend or arguments.address
         print(f"{target} is draining; {live} requests are live")
         if arguments.wait:
-            for backends in reports(channel, arguments.address, 200):
+            for backends in reports(channel, connection, 200):
                 if not any(busy(b) for b in backends if b.address == target):
                     break
             print(f"{target} has finished")
     return 0
 
 
-def drain(channel: grpc.Channel, backend: str | None) -> int:
+def drain(channel: grpc.Channel, connection: Connection, backend: str | None) -> int:
     """Requests live when the call was taken. Raises ValueError for a router without --backend."""
+    limits: dict[str, Any] = {"timeout": CALL_SECONDS, "metadata": connection.metadata()}
     if backend is not None:
         operator: Any = router_pb2_grpc.RouterServiceStub(channel)
         request = router.DrainBackendRequest(address=backend)
-        return int(operator.DrainBackend(request, timeout=CALL_SECONDS).live_requests)
+        return int(operator.DrainBackend(request, **limits).live_requests)
     stub: Any = engine_pb2_grpc.EngineServiceStub(channel)
     try:
-        return int(stub.Drain(engine.DrainRequest(), timeout=CALL_SECONDS).live_requests)
+        return int(stub.Drain(engine.DrainRequest(), **limits).live_requests)
     except grpc.RpcError as error:
         status: Any = error
         if status.code() is grpc.StatusCode.UNIMPLEMENTED:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from neo_client.client import Client
+from neo_client.commands.flags import add_connection, connection_settings
 from neo_client.options import PLACEMENTS, Prompt, Sampling, Scheduling, Structured
 from neo_client.stats import StreamStats
-
-DEFAULT_ADDRESS = "127.0.0.1:7000"
 
 SAMPLING_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("temperature", float, ">= 0; 0 is greedy (server's default: 1)"),
@@ -39,10 +38,7 @@ def add(subparsers: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("prompt", nargs="?", help="the prompt; - or nothing reads standard input")
-    parser.add_argument(
-        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT",
-        help="of a router or a gpu_service (default: %(default)s)",
-    )  # fmt: skip
+    add_connection(parser, "a router or a gpu_service")
     parser.add_argument("--model", default="", help="default: the server's default model")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -153,7 +149,7 @@ def prompt_of(arguments: argparse.Namespace, client: Client) -> Prompt:
 
 def run(arguments: argparse.Namespace) -> int:
     several = (arguments.n or 1) > 1
-    with Client(arguments.address) as client:
+    with Client(**connection_settings(arguments)) as client:
         prompt = prompt_of(arguments, client)
         stats = StreamStats(time.perf_counter())
         with client.stream(

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from neo_client.commands.generate import DEFAULT_ADDRESS
-from neo_client.options import CHANNEL_OPTIONS
+from neo_client.commands.flags import add_connection, connection_of
+from neo_client.connect import Connection
 from protos.neo.v1 import engine_pb2 as engine
 from protos.neo.v1 import engine_pb2_grpc, router_pb2_grpc
 from protos.neo.v1 import router_pb2 as router
@@ -37,10 +37,7 @@ def add(subparsers: Any) -> None:
         f"Columns: {LEGEND}.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT",
-        help="of a router or a gpu_service (default: %(default)s)",
-    )  # fmt: skip
+    add_connection(parser, "a router's admin listener or a gpu_service")
     parser.add_argument("--once", action="store_true", help="print one table and end")
     parser.add_argument(
         "--interval", type=float, default=0.5, metavar="SECONDS",
@@ -54,23 +51,27 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("interval must be 0.01 to 60 seconds")
     console = Console()
     interval_ms = round(arguments.interval * 1000)
-    with grpc.insecure_channel(arguments.address, options=CHANNEL_OPTIONS) as channel:
+    connection = connection_of(arguments)
+    with connection.open() as channel:
         if arguments.once:
-            console.print(table(next(reports(channel, arguments.address, interval_ms, once=True))))
+            console.print(table(next(reports(channel, connection, interval_ms, once=True))))
             return 0
         with Live(console=console, auto_refresh=False) as live:
-            for backends in reports(channel, arguments.address, interval_ms):
+            for backends in reports(channel, connection, interval_ms):
                 live.update(table(backends), refresh=True)
     return 0
 
 
 def reports(
-    channel: grpc.Channel, address: str, interval_ms: int, *, once: bool = False
+    channel: grpc.Channel, connection: Connection, interval_ms: int, *, once: bool = False
 ) -> Iterator[Sequence[router.Backend]]:
     """The backends, again and again. A gpu_service counts as the one backend of itself."""
-    limit = ANSWER_SECONDS if once else None
+    limits: dict[str, Any] = {
+        "timeout": ANSWER_SECONDS if once else None,
+        "metadata": connection.metadata(),
+    }
     watch: Any = router_pb2_grpc.RouterServiceStub(channel).WatchBackends
-    call = watch(router.WatchBackendsRequest(interval_ms=interval_ms), timeout=limit)
+    call = watch(router.WatchBackendsRequest(interval_ms=interval_ms), **limits)
     try:
         for message in call:
             yield message.backends
@@ -82,10 +83,14 @@ def reports(
     finally:
         call.cancel()
     watch = engine_pb2_grpc.EngineServiceStub(channel).WatchLoad
-    call = watch(engine.WatchLoadRequest(interval_ms=interval_ms), timeout=limit)
+    call = watch(engine.WatchLoadRequest(interval_ms=interval_ms), **limits)
     try:
         for message in call:
-            yield [router.Backend(address=address, state=state_of(message.load), load=message.load)]
+            yield [
+                router.Backend(
+                    address=connection.address, state=state_of(message.load), load=message.load
+                )
+            ]
     finally:
         call.cancel()
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from neo_client.client import tokenize_request
+from neo_client.connect import Retries, service_config
 from neo_client.options import (
-    SERVICE_CONFIG,
     Prompt,
     Sampling,
     Scheduling,
@@ -116,7 +116,7 @@ def test_retries_name_methods_that_exist_and_none_that_act() -> None:
     }
     named = {
         (name["service"], name["method"])
-        for config in json.loads(SERVICE_CONFIG)["methodConfig"]
+        for config in json.loads(service_config(Retries(), balanced=False))["methodConfig"]
         for name in config["name"]
     }
     assert all(method in services[service] for service, method in named)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from neo_common.grpc.server import ServiceServer
@@ -23,11 +24,16 @@ FAST: dict[str, Any] = {
 }  # fmt: skip
 
 
+@dataclass
+class SecuredBackend(FakeBackend):
+    server: ServiceServer = field(init=False)
+
+
 @asynccontextmanager
-async def backend(settings: ListenSettings, **named: Any) -> AsyncIterator[FakeBackend]:
+async def backend(settings: ListenSettings, **named: Any) -> AsyncIterator[SecuredBackend]:
     """A fake gpu_service behind the server that the real one has."""
-    fake = FakeBackend("a", **named)
-    server = ServiceServer("127.0.0.1:0", SERVICES, settings=settings)
+    fake = SecuredBackend("a", **named)
+    server = fake.server = ServiceServer("127.0.0.1:0", SERVICES, settings=settings)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(fake, server.grpc)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(fake, server.grpc)
     fake.address = await server.start()

@@ -123,6 +123,7 @@ def assemble(
     staging = None
     if threads is not None and streamed_blocks(config):
         staging = Staging(geometry, model.dtype, config.streamed_kv_blocks, threads)
+    staged = streamed_blocks(config) if sweeps is None else sweeps.cache.layout.staging
     scheduler = Scheduler(
         SchedulerLimits(
             gpu_blocks=gpu.blocks,
@@ -138,8 +139,9 @@ def assemble(
             cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
             asymmetric=config.offload_mode == "asymmetric",
             cohort_rows=sweeps.table.host if sweeps is not None else 0,
-            streamed_blocks=_staging_blocks(staging, sweeps),
-            host_prefill=sweeps is None or not sweeps.table.host,
+            streamed_blocks=staged,
+            host_prefill=sweeps is None or not sweeps.table.host or staged > 0,
+            staged_prompts=sweeps is not None and staged > 0,
             force_migration_every=config.force_migration_every,
         ),
         costs,
@@ -163,12 +165,6 @@ def assemble(
     guides = Guides(lambda: load_tokenizer(config.model), spec.vocab_size)
     core = EngineCore(scheduler, runner, host, spec.vocab_size, guides=guides)
     return BuiltCore(core, ready)
-
-
-def _staging_blocks(staging: Staging | None, sweeps: CudaSweeps | None) -> int:
-    if sweeps is not None:
-        return sweeps.cache.layout.staging
-    return 0 if staging is None else staging.blocks
 
 
 def streamed_blocks(config: GpuServiceConfig) -> int:

@@ -18,6 +18,7 @@ from gpu_service.engine.messages import Abort, Submit
 from gpu_service.model.model import load_model
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.pipeline.cuda import inputs, staging, streamed
+from gpu_service.scheduling.plan import Tier
 from kernels.cpu import DType
 from kernels.gpu import host_exchange
 from tests.support.engine import (
@@ -60,10 +61,12 @@ class Rows:
     """How many rows ran where."""
 
     def __init__(self, core: EngineCore) -> None:
-        self.streamed = self.host = self.gpu = 0
+        self.streamed = self.host = self.gpu = self.chunks = 0
         core.observe = self._observe
 
     def _observe(self, plan: Any, result: Any, seconds: float) -> None:
+        chunks = (chunk for batch in plan.batches for chunk in batch.prefill)
+        self.chunks += sum(chunk.tier is Tier.HOST for chunk in chunks)
         self.streamed += sum(len(batch.streamed) for batch in plan.batches)
         self.host += sum(len(batch.host_decode) for batch in plan.batches)
         self.gpu += sum(len(batch.gpu_decode) for batch in plan.batches)
@@ -121,9 +124,23 @@ def test_tokens_are_those_of_transformers(
     assert (rows.host > 0) == (blocks < 6)
 
 
+def test_prompts_for_the_host_that_the_gpu_tier_has_no_room_for(
+    directories: dict[str, Path], service: Service
+) -> None:
+    """Their KV leaves layer by layer, and later chunks read it back; the GPU tier has one block."""
+    asked = [greedy(f"r{n}", [3 + (7 * i + n) % 250 for i in range(n)], 4) for n in (41, 20)]
+    changes = {"gpu_kv_blocks": 5, "force_migration_every": 0, "max_batch_tokens": 17}
+    with streaming(directories["mistral"], service, **changes) as core:
+        assert core.scheduler.limits.gpu_blocks == 1
+        rows = Rows(core)
+        check_tokens(directories["mistral"], asked, run(core, asked))
+    assert rows.chunks >= 5
+    assert rows.streamed + rows.host == 6
+
+
 def test_draws_on_the_device_and_aborts(directories: dict[str, Path], service: Service) -> None:
     sampling = {"temperature": 0.9, "seed": 3, "repetition_penalty": 1.3, "logprobs": 2}
-    kept = requests(**sampling)
+    kept = requests(**sampling)[1:]
     with streaming(directories["llama"], service, host_kv_gib=0.0002) as core:
         rows, answers = Rows(core), Answers()
         for request in (*kept, greedy("gone", [5] * 25, 30)):
@@ -201,13 +218,32 @@ def test_a_killed_cpu_service(
     assert all(answers.usages[r.request_id].recomputations == 0 for r in hosts)
 
 
+def test_a_pool_that_cannot_be_reached(
+    directories: dict[str, Path], service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registering it may fail after a restart: rows that need it are computed again."""
+    asked = [greedy("a", [4] * 12, 4, placement="cpu_preferred")]
+    with streaming(directories["llama"], service, force_migration_every=0) as core:
+        rows, answers = Rows(core), Answers()
+        core.handle(asked[0])
+        while not rows.streamed:
+            step(core, answers)
+        side = core._runner._host  # type: ignore[attr-defined]
+        with monkeypatch.context() as patch:
+            patch.setattr(side, "pool", lambda: None)
+            step(core, answers)
+        while core.scheduler.live_requests:
+            step(core, answers)
+        check_empty(core)
+    check_tokens(directories["llama"], asked, answers)
+    assert answers.usages["a"].recomputations == 1
+
+
 MUTANTS = [
-    (staging, "host[:read], staged[:read]", "host[read - 1 :: -1], staged[:read]"),
+    (staging, "host[:read], staged[:read]", "host[:read][::-1], staged[:read]"),
     (staging, "read = blocks_for(known, size)", "read = known // size"),
-    (staging, "known - begins, 0)", "known - begins + 1, 0)"),
     (staging, "staged[fresh:], host[fresh:count]", "staged[fresh:], host[:count - fresh]"),
     (streamed, "self._gather(layer + 2)", "pass"),
-    (streamed, "layer, self._staging[which]", "layer, self._staging[0]"),
 ]
 
 

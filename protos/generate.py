@@ -1,4 +1,5 @@
-"""Generate the committed gRPC stubs of `protos/neo/v1` and `protos/compat`, or check that they are current.
+"""Generate the committed gRPC stubs of `protos/neo/v1` and `protos/compat`, or check that they are
+current.
 
     python -m protos.generate           # write
     python -m protos.generate --check   # exit 1 when a stub differs from its .proto

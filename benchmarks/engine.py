@@ -15,26 +15,23 @@ import argparse
 import itertools
 import json
 import random
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.fingerprint import fingerprint
 from benchmarks.host_tier import cpu_service
-from benchmarks.workloads import Lengths, read_workload
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.build import build_core
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import SamplingSpec, Submit
 from gpu_service.scheduling.plan import IterationPlan, SweepResult
-
-MODELS = Path(__file__).parent / "models"
+from neo_client.workloads import Lengths, read_workload
+from neo_plan.catalog import model_folder
 
 
 @dataclass
@@ -60,18 +57,6 @@ class Phases:
             self.decode_seconds += result.device_seconds
             rows = sum(len(batch.gpu_decode) for batch in plan.batches)
             self.decode_iterations.append((rows, result.device_seconds))
-
-
-@contextmanager
-def model_folder(name: str) -> Iterator[str]:
-    """A folder with the config of a model of this package, or the path that was given."""
-    known = MODELS / f"{name}.json"
-    if not known.exists():
-        yield name
-        return
-    with tempfile.TemporaryDirectory(prefix="neo-model-") as folder:
-        shutil.copy(known, Path(folder) / "config.json")
-        yield folder
 
 
 def submit_all(
@@ -150,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="llama3-8b", help="of benchmarks/models, or a path")
+    parser.add_argument("--model", default="llama3-8b", help="of neo_plan/models, or a path")
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--quantization", default="auto")
     parser.add_argument("--device", default="auto")

@@ -24,10 +24,10 @@ import grpc
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from benchmarks.engine import model_folder
 from benchmarks.fingerprint import fingerprint
 from benchmarks.stack import one_stream, stack
-from benchmarks.workloads import Lengths, read_workload
+from neo_client.workloads import Lengths, read_workload
+from neo_plan.catalog import model_folder
 from protos.neo.v1 import inference_pb2_grpc
 
 
@@ -64,7 +64,7 @@ async def drive(
 
 
 def give_tokenizer(folder: str) -> int:
-    """A model of benchmarks/models has none, and the services want one: a word for each id.
+    """A model of neo_plan/models has none, and the services want one: a word for each id.
     Returns the vocabulary's size."""
     size = int(json.loads((Path(folder) / "config.json").read_text())["vocab_size"])
     path = Path(folder) / "tokenizer.json"
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="llama3-8b", help="of benchmarks/models, or a path")
+    parser.add_argument("--model", default="llama3-8b", help="of neo_plan/models, or a path")
     parser.add_argument("--workload", default="1000x200", help="INxOUT or lengths")
     parser.add_argument("--requests", type=int, default=600)
     parser.add_argument("--streams", type=int, default=256)

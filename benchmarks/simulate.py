@@ -4,7 +4,7 @@
         --workload 1000x200 --requests 300
 
 Runs the engine's own loop and scheduler (`gpu_service.engine.core`) with a fake clock; a sweep
-takes what `benchmarks.simulator.machine` says. One line a workload. docs/scheduling.md has more.
+takes what `neo_plan.simulator.machine` says. One line a workload. docs/scheduling.md has more.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import model_folder
-from benchmarks.simulator.figures import figures
-from benchmarks.simulator.machine import Machine
-from benchmarks.simulator.profile import read_profile
-from benchmarks.simulator.run import poisson, simulate
-from benchmarks.workloads import read_workload
 from gpu_service.model.spec import read_spec
 from gpu_service.pipeline.cuda.shapes import shape_table
 from gpu_service.scheduling.limits import OFFLOAD_POLICIES, SchedulerLimits
+from neo_client.workloads import read_workload
+from neo_plan.catalog import model_folder
+from neo_plan.simulator.figures import figures
+from neo_plan.simulator.machine import Machine
+from neo_plan.simulator.profile import read_profile
+from neo_plan.simulator.run import poisson, simulate
 
 
 def open_machine(args: argparse.Namespace) -> Machine:
@@ -74,10 +74,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument(
-        "--profile", default="h100-16c.json", help="of benchmarks/profiles, or a path"
-    )
-    made.add_argument("--model", default="llama3-8b", help="of benchmarks/models, or a path")
+    made.add_argument("--profile", default="h100-16c.json", help="of neo_plan/profiles, or a path")
+    made.add_argument("--model", default="llama3-8b", help="of neo_plan/models, or a path")
     made.add_argument("--gpu-kv-blocks", type=int, required=True)
     made.add_argument("--host-kv-blocks", type=int, default=0)
     made.add_argument("--host-kv-dtype", choices=("auto", "int8"), default="auto")

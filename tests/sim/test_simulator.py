@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from benchmarks import simulate as command
-from benchmarks.simulator import machine as machine_module
-from benchmarks.simulator.figures import figures
-from benchmarks.simulator.machine import Machine, SweepTime
-from benchmarks.simulator.profile import PROFILES, Curve, Profile, read_profile
-from benchmarks.simulator.run import Trace, poisson, simulate
-from benchmarks.workloads import Lengths, read_workload
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import DecodeRow, IterationPlan, Mode, PrefillRow, SubBatch, Tier
+from neo_client.workloads import Lengths, read_workload
+from neo_plan.simulator import machine as machine_module
+from neo_plan.simulator.figures import figures
+from neo_plan.simulator.machine import Machine, SweepTime
+from neo_plan.simulator.profile import PROFILES, Curve, Profile, read_profile
+from neo_plan.simulator.run import Trace, poisson, simulate
 from tests.support.fake_model import limits
 from tests.support.mutants import mutated
 

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from benchmarks.simulator.machine import SweepTime
-from benchmarks.workloads import Lengths
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Output, SamplingSpec, Submit
 from gpu_service.model.sampling import SamplingRow
@@ -25,6 +23,8 @@ from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import Flight, IterationPlan, Mode, SampledToken, SweepResult
 from gpu_service.scheduling.scheduler import Scheduler
+from neo_client.workloads import Lengths
+from neo_plan.simulator.machine import SweepTime
 
 _TOKEN = SampledToken(0)
 

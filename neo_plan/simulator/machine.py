@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.simulator.profile import Profile
 from gpu_service.pipeline.cuda.inputs import SweepShape
 from gpu_service.pipeline.cuda.shapes import ShapeTable
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import IterationPlan, Mode, PrefillRow, SubBatch, Tier
 from neo_common.model_spec import ModelSpec
+from neo_plan.simulator.profile import Profile
 
 GPU_ONLY = "gpu_only"
 _ELEMENT_BYTES = 2

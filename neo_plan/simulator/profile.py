@@ -98,7 +98,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     about: str
     model: str
-    """Of `benchmarks/models`; what `gpu` was measured with."""
+    """Of `neo_plan/models`; what `gpu` was measured with."""
     gpu: GpuProfile
     cpu: CpuProfile
     link: LinkProfile
@@ -106,7 +106,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_profile(name: str) -> Profile:
-    """A path, or a file's name in `benchmarks/profiles`. ValueError says what is wrong with it."""
+    """A path, or a file's name in `neo_plan/profiles`. ValueError says what is wrong with it."""
     path = Path(name)
     if not path.exists():
         path = PROFILES / name

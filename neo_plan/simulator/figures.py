@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.simulator.run import Sweep, Trace
+from neo_plan.simulator.run import Sweep, Trace
 
 _PERCENTILES = (50, 90, 99)
 

@@ -16,7 +16,9 @@ def add(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "keys", help="make API keys", description="Makes API keys.", allow_abbrev=False
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="ACTION", help="what to do with keys"
+    )
     new = actions.add_parser(
         "new",
         help="print a new key, and its entry for the servers' file",

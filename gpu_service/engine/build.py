@@ -114,38 +114,14 @@ def assemble(
     """A core from its parts; tests pass a host tier of their own. `threads`: on a CPU; `sweeps`: on
     a CUDA device."""
     spec = model.spec
-    # Longer requests would fit on neither tier.
-    capacity = max(gpu.blocks, host.blocks) * config.block_tokens
-    context = min(max_context(config, spec), capacity)
     costs: SweepCosts | None = None
     if sweeps is not None and model.device.type == "cuda":
         costs = sweeps.costs()
     staging = None
     if threads is not None and streamed_blocks(config):
         staging = Staging(geometry, model.dtype, config.streamed_kv_blocks, threads)
-    staged = streamed_blocks(config) if sweeps is None else sweeps.cache.layout.staging
-    scheduler = Scheduler(
-        SchedulerLimits(
-            gpu_blocks=gpu.blocks,
-            host_blocks=host.blocks,
-            block_tokens=config.block_tokens,
-            max_context_tokens=context,
-            max_batch_tokens=config.max_batch_tokens,
-            max_running=config.max_running_requests,
-            max_waiting_requests=config.max_waiting_requests,
-            offload=config.offload,
-            eos_token_ids=frozenset(spec.eos_token_ids),
-            lease_seconds=config.lease_seconds,
-            cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
-            asymmetric=config.offload_mode == "asymmetric",
-            cohort_rows=sweeps.table.host if sweeps is not None else 0,
-            streamed_blocks=staged,
-            host_prefill=sweeps is None or not sweeps.table.host or staged > 0,
-            staged_prompts=sweeps is not None and staged > 0,
-            force_migration_every=config.force_migration_every,
-        ),
-        costs,
-    )
+    limits = scheduler_limits(config, model, gpu, host, sweeps)
+    scheduler = Scheduler(limits, costs)
     parts = EngineParts(model, geometry, gpu, host, staging)
     sampler = Sampler(spec.eos_token_ids)
     inline = PlanRunner(parts, sampler, Migrator(parts, threads))
@@ -153,7 +129,7 @@ def assemble(
     if sweeps is not None:
         runner = sweeps.runner(sampler, inline, host)
     ready = Ready(
-        max_context_tokens=context,
+        max_context_tokens=limits.max_context_tokens,
         gpu_blocks=gpu.blocks,
         host_blocks=host.blocks,
         block_tokens=config.block_tokens,
@@ -165,6 +141,38 @@ def assemble(
     guides = Guides(lambda: load_tokenizer(config.model), spec.vocab_size)
     core = EngineCore(scheduler, runner, host, spec.vocab_size, guides=guides)
     return BuiltCore(core, ready)
+
+
+def scheduler_limits(
+    config: GpuServiceConfig,
+    model: CausalLM,
+    gpu: DeviceKv,
+    host: HostTier,
+    sweeps: CudaSweeps | None,
+) -> SchedulerLimits:
+    spec = model.spec
+    # Longer requests would fit on neither tier.
+    capacity = max(gpu.blocks, host.blocks) * config.block_tokens
+    staged = streamed_blocks(config) if sweeps is None else sweeps.cache.layout.staging
+    return SchedulerLimits(
+        gpu_blocks=gpu.blocks,
+        host_blocks=host.blocks,
+        block_tokens=config.block_tokens,
+        max_context_tokens=min(max_context(config, spec), capacity),
+        max_batch_tokens=config.max_batch_tokens,
+        max_running=config.max_running_requests,
+        max_waiting_requests=config.max_waiting_requests,
+        offload=config.offload,
+        eos_token_ids=frozenset(spec.eos_token_ids),
+        lease_seconds=config.lease_seconds,
+        cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
+        asymmetric=config.offload_mode == "asymmetric",
+        cohort_rows=sweeps.table.host if sweeps is not None else 0,
+        streamed_blocks=staged,
+        host_prefill=sweeps is None or not sweeps.table.host or staged > 0,
+        staged_prompts=sweeps is not None and staged > 0,
+        force_migration_every=config.force_migration_every,
+    )
 
 
 def streamed_blocks(config: GpuServiceConfig) -> int:

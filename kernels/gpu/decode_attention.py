@@ -37,20 +37,10 @@ def _split_kernel(
     lengths_ptr,  # int32 [rows]; 0 marks a padding row
     part_ptr,  # fp32 [rows, kv_heads, splits, GROUP, DIM]
     lse_ptr,  # fp32 [rows, kv_heads, splits, GROUP], base 2
-    table_stride,
-    scale_log2,
-    softcap,
-    window,
-    staging_shift,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    table_stride, scale_log2, softcap, window, staging_shift,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, STAGED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads, splits = tl.num_programs(1), tl.num_programs(2)
     length = tl.load(lengths_ptr + row)

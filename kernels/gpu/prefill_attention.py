@@ -164,10 +164,8 @@ def _prefill_kernel(
     end = context + last + 1
     oldest, whole_begin, whole_end = _bounds(context + skipped, end, window, TOKENS, HAS_WINDOW)
     low, high = _share(oldest, end, tl.program_id(2), SPLITS, TOKENS)
-    table_ptr, head_ptr = (
-        tables_ptr + chunk.to(tl.int64) * table_stride,
-        kv_ptr + head * BLOCK * DIM,
-    )
+    table_ptr = tables_ptr + chunk.to(tl.int64) * table_stride
+    head_ptr = kv_ptr + head * BLOCK * DIM
     if HAS_WINDOW:
         top, total, acc = _attend(
             q, top, total, acc, positions, table_ptr, head_ptr,

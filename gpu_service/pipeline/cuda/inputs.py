@@ -105,6 +105,27 @@ class _Packed:
         return found
 
 
+def _arrays(limits: InputLimits) -> dict[str, tuple[int, type[np.generic]]]:
+    rows, sequences = limits.rows, limits.sequences
+    return {
+        "token_ids": (rows, np.int64),
+        "positions": (rows, np.int64),
+        "slots": (rows, np.int64),
+        "samples": (sequences + limits.host, np.int64),
+        "host_positions": (limits.layers * limits.host, np.int64),
+        "host_bases": (2, np.int64),
+        "host_counts": (limits.layers + 2, np.int32),
+        "sources": (rows, np.int32),
+        "lengths": (sequences, np.int32),
+        "first_rows": (sequences + 1, np.int32),
+        "table_starts": (sequences, np.int32),
+        "table_counts": (sequences, np.int32),
+        **staging_arrays(limits.staging),
+        # Last, so that only what is used of it is sent.
+        "blocks": (limits.table_blocks, np.int32),
+    }
+
+
 class SweepInputs:
     """Two staging areas on the host, used in turn, and the arrays on the device that kernels read.
 
@@ -115,26 +136,7 @@ class SweepInputs:
     def __init__(self, limits: InputLimits, block_tokens: int, device: torch.device) -> None:
         self.limits = limits
         self._block_tokens = block_tokens
-        rows, sequences = limits.rows, limits.sequences
-        self._packed = _Packed(
-            {
-                "token_ids": (rows, np.int64),
-                "positions": (rows, np.int64),
-                "slots": (rows, np.int64),
-                "samples": (sequences + limits.host, np.int64),
-                "host_positions": (limits.layers * limits.host, np.int64),
-                "host_bases": (2, np.int64),
-                "host_counts": (limits.layers + 2, np.int32),
-                "sources": (rows, np.int32),
-                "lengths": (sequences, np.int32),
-                "first_rows": (sequences + 1, np.int32),
-                "table_starts": (sequences, np.int32),
-                "table_counts": (sequences, np.int32),
-                **staging_arrays(limits.staging),
-                # Last, so that only what is used of it is sent.
-                "blocks": (limits.table_blocks, np.int32),
-            }
-        )
+        self._packed = _Packed(_arrays(limits))
         size = self._packed.bytes
         pin = device.type == "cuda"
         self._staging = [torch.zeros(size, dtype=torch.uint8, pin_memory=pin) for _ in range(2)]

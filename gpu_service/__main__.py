@@ -19,6 +19,7 @@ from gpu_service.engine.client import EngineClient, EngineStartError
 from gpu_service.engine.messages import Progress, Ready, Shutdown
 from gpu_service.frontend import compat
 from gpu_service.frontend.dispatch import Dispatcher
+from gpu_service.frontend.health import HealthReporter
 from gpu_service.frontend.inference import InferenceServicer
 from gpu_service.frontend.metrics import FrontendMetrics
 from gpu_service.frontend.operator import EngineServicer
@@ -76,6 +77,9 @@ class GpuService:
             self._dispatcher, self._info, self._begin_drain, config.max_waiting_requests
         )
         self._draining: asyncio.Task[None] | None = None
+        # Requests on the host tier wait for a lease, in silence, when all the others have ended.
+        patience = config.stall_seconds and config.stall_seconds + config.lease_seconds
+        self._health = HealthReporter(self._server.health, self._dispatcher, patience)
 
     async def run(self) -> int:
         """Serve until a signal or the engine's end; returns the exit code. Raises ValueError or
@@ -113,6 +117,13 @@ class GpuService:
             return 0
         await self._ready(starting.result())
         pump = asyncio.create_task(self._dispatcher.run())
+        reporting = asyncio.create_task(self._health.run())
+        try:
+            return await self._until_stopped(stopping, pump)
+        finally:
+            reporting.cancel()
+
+    async def _until_stopped(self, stopping: asyncio.Task[None], pump: asyncio.Task[str]) -> int:
         await asyncio.wait({stopping, pump}, return_when=asyncio.FIRST_COMPLETED)
         if pump.done():
             _log.error("%s; ending, so that a supervisor starts this service again", pump.result())

@@ -85,6 +85,9 @@ class GpuServiceConfig(ListenSettings, PeerSettings):
 
     drain_grace_seconds: float = 30.0
     """How long SIGTERM lets live requests finish."""
+    stall_seconds: float = 120.0
+    """Health calls this process dead (`liveness`) when its engine has requests and finishes no
+    iteration for that long beyond `lease_seconds`; 0 means never."""
     metrics_port: int = 0
     """Prometheus endpoint on this port; 0 means none."""
     log_level: str = "info"
@@ -147,5 +150,6 @@ _NOT_NEGATIVE = (
     "gpu_kv_blocks",
     "force_migration_every",
     "drain_grace_seconds",
+    "stall_seconds",
     "metrics_port",
 )

@@ -11,7 +11,8 @@ most max_tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -146,18 +147,30 @@ class LiveRequest:
 class Dispatcher:
     """Owns all live requests of this process. Used from one event loop."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, metrics: FrontendMetrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: FrontendMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._live: dict[str, LiveRequest] = {}
         self._failure: str | None = None
+        self._clock = clock
+        self._owed_since = 0.0
         self.load: Load | None = None
         self.snapshots = 0
 
     @property
     def live(self) -> int:
         return len(self._live)
+
+    def silent_seconds(self) -> float:
+        """How long the engine has owed its live requests a word; each iteration says something."""
+        return self._clock() - self._owed_since if self._live else 0.0
 
     async def run(self) -> str:
         """Hand out what the engine says until it ends; returns why it did. All live requests then
@@ -187,6 +200,8 @@ class Dispatcher:
                 "request_id names a request that is still live",
                 field="request_id",
             )
+        if not self._live:
+            self._owed_since = self._clock()
         live = self._live[identity] = LiveRequest(parsed, self._tokenizer)
         try:
             await self._engine.send(parsed.submit)
@@ -213,6 +228,7 @@ class Dispatcher:
                 await self._engine.send(Abort(request_id, choice.index))
 
     async def _output(self, output: Output) -> None:
+        self._owed_since = self._clock()
         if output.load is not None:
             self.load = output.load
             self.snapshots += 1

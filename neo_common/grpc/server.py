@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable
 
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
 from neo_common.grpc.auth import Access, Authenticator
 from neo_common.grpc.guard import Guard
+from neo_common.grpc.health import LIVENESS, Health
 from neo_common.grpc.settings import ListenSettings, is_loopback
-from neo_common.grpc.tls import server_credentials
+from neo_common.grpc.tls import TlsFiles, server_credentials
 
 MAX_PORT = 65535
 # Half-open connections (a client's host gone without a FIN) are found within a minute.
@@ -71,21 +72,24 @@ class ServiceServer:
         self._authenticator = (
             Authenticator(self._settings) if self._settings.authenticates else None
         )
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self.health = Health(self._names)
         self.guard = Guard(counted, Access(self._authenticator, private=is_loopback(listen)))
         self.grpc = self._server(self.guard, self._names)
         self.admin = self.grpc
         if self._admin_listen is not None:
             access = Access(self._authenticator, private=True)
             self.admin = self._server(Guard(lambda method: False, access), admin_names)
+        self._probes: grpc.aio.Server | None = None
         self._stop = asyncio.Event()
         self.address = ""
         self.admin_address = ""
+        self.health_address = ""
+        """Of `health_listen`; empty without."""
 
     def _server(self, guard: Guard, names: list[str]) -> grpc.aio.Server:
         options = [*_OPTIONS, *_limits(self._settings)]
         server = grpc.aio.server(interceptors=[guard], options=options)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self.health.add_to(server)
         reflection.enable_server_reflection(
             [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server
         )
@@ -93,22 +97,33 @@ class ServiceServer:
 
     async def start(self) -> str:
         """Listen; returns the address with its real port. Raises ValueError when it cannot."""
-        self.address = self.admin_address = self._bind(self.grpc, self._listen, "listen")
+        files = self._settings.tls
+        self.address = self.admin_address = self._bind(self.grpc, self._listen, "listen", files)
         if self._admin_listen is not None:
-            self.admin_address = self._bind(self.admin, self._admin_listen, "admin_listen")
+            self.admin_address = self._bind(self.admin, self._admin_listen, "admin_listen", files)
+        if self._settings.health_listen:
+            self._probes = grpc.aio.server(options=_OPTIONS)
+            self.health.add_to(self._probes)
+            self.health_address = self._bind(
+                self._probes, self._settings.health_listen, "health_listen", None
+            )
         await self.set_serving(False)
-        await self.grpc.start()
-        if self.admin is not self.grpc:
-            await self.admin.start()
+        await self.health.set(LIVENESS, True)
+        for server in self._servers():
+            await server.start()
         return self.address
 
-    def _bind(self, server: grpc.aio.Server, listen: str, setting: str) -> str:
+    def _servers(self) -> set[grpc.aio.Server]:
+        return {self.grpc, self.admin} | ({self._probes} if self._probes is not None else set())
+
+    def _bind(
+        self, server: grpc.aio.Server, listen: str, setting: str, files: TlsFiles | None
+    ) -> str:
         host, _, port = listen.rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"{setting} must be HOST:PORT, not {listen!r}")
         if int(port) > MAX_PORT:  # gRPC would take the rest of a division by 65536
             raise ValueError(f"{setting}: the port must be at most {MAX_PORT}, not {port}")
-        files = self._settings.tls
         try:
             if files is None:
                 bound = server.add_insecure_port(listen)
@@ -123,12 +138,8 @@ class ServiceServer:
         return f"{host}:{bound}"
 
     async def set_serving(self, serving: bool) -> None:
-        """What grpc.health.v1 says, for "" and for each service."""
-        status = health_pb2.HealthCheckResponse.NOT_SERVING
-        if serving:
-            status = health_pb2.HealthCheckResponse.SERVING
-        for name in ["", *self._names]:  # operators may look on either port
-            await self._health.set(name, status)
+        """What grpc.health.v1 says of readiness; operators may look on any port."""
+        await self.health.set_ready(serving)
 
     def stop_soon(self) -> None:
         """What a signal does."""
@@ -159,8 +170,7 @@ class ServiceServer:
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         """Close all listeners; calls that are left are cancelled after the grace."""
-        servers = {self.grpc, self.admin}
-        await asyncio.gather(*(server.stop(grace_seconds) for server in servers))
+        await asyncio.gather(*(server.stop(grace_seconds) for server in self._servers()))
 
 
 def _limits(settings: ListenSettings) -> list[tuple[str, int]]:

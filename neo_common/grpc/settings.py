@@ -19,6 +19,9 @@ SYSTEM = "system"
 class ListenSettings:
     """Of the listening side. `listen` itself is the service's own."""
 
+    health_listen: str = ""
+    """Address of a port for health checks alone, without TLS or authentication, such as those of a
+    kubelet, which can do neither; empty: none but those of the other ports."""
     tls_cert: str = ""
     """PEM file with this service's certificate and its intermediates; read again when it changes.
     Empty: no TLS."""

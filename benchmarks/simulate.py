@@ -18,6 +18,7 @@ from typing import Any
 
 from gpu_service.model.spec import read_spec
 from gpu_service.pipeline.cuda.shapes import shape_table
+from gpu_service.pipeline.device_kv import without_staging
 from gpu_service.scheduling.limits import OFFLOAD_POLICIES, SchedulerLimits
 from neo_client.workloads import read_workload
 from neo_plan.catalog import model_folder
@@ -25,6 +26,10 @@ from neo_plan.simulator.figures import figures
 from neo_plan.simulator.machine import Machine
 from neo_plan.simulator.profile import read_profile
 from neo_plan.simulator.run import poisson, simulate
+
+HOST_ROWS = 16
+"""Most host rows that start in a sweep, as in `gpu_service.pipeline.cuda.forward`, which imports
+Triton."""
 
 
 def open_machine(args: argparse.Namespace) -> Machine:
@@ -36,14 +41,18 @@ def open_machine(args: argparse.Namespace) -> Machine:
         spec = read_spec(folder)
     max_running = min(args.max_running_requests, args.max_batch_tokens)
     table = shape_table(max_running, args.max_batch_tokens)
-    return Machine(profile, measured, spec, table, args.host_kv_dtype == "int8")
+    device_deals = args.offload_mode == "deferred"
+    return Machine(profile, measured, spec, table, args.host_kv_dtype == "int8", device_deals)
 
 
 def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
-    """As `gpu_service.engine.build` makes them."""
-    largest = max(args.gpu_kv_blocks, args.host_kv_blocks) * args.block_tokens
+    """As `gpu_service.engine.build` makes them on a CUDA device."""
+    streams = args.streamed_kv_blocks if args.offload_mode == "deferred" else 0
+    gpu_blocks = without_staging(args.gpu_kv_blocks, streams, machine.spec.layers)
+    largest = max(gpu_blocks, args.host_kv_blocks) * args.block_tokens
+    deferred = args.offload_mode == "deferred"
     return SchedulerLimits(
-        gpu_blocks=args.gpu_kv_blocks,
+        gpu_blocks=gpu_blocks,
         host_blocks=args.host_kv_blocks,
         block_tokens=args.block_tokens,
         max_context_tokens=min(machine.spec.max_context_tokens, largest),
@@ -51,7 +60,11 @@ def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
         max_running=args.max_running_requests,
         max_waiting_requests=1 << 20,
         offload=args.offload,
-        cohorts=machine.spec.layers + 1 if args.offload_mode == "deferred" else 0,
+        cohorts=machine.spec.layers + 1 if deferred else 0,
+        cohort_rows=HOST_ROWS if deferred else 0,
+        streamed_blocks=streams,
+        host_prefill=not deferred or streams > 0,
+        staged_prompts=streams > 0,
         asymmetric=args.offload_mode == "asymmetric",
     )
 
@@ -83,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--offload-mode", choices=("inline", "deferred", "asymmetric"), default="inline"
     )
+    made.add_argument("--streamed-kv-blocks", type=int, default=0)
     made.add_argument("--block-tokens", type=int, default=16)
     made.add_argument("--max-batch-tokens", type=int, default=8192)
     made.add_argument("--max-running-requests", type=int, default=256)

@@ -7,6 +7,9 @@ inline       launched layer by layer, each of which waits for its host rows:
 asymmetric   launched as well, twice; the host attends for one sub-batch beside the other:
              layers * (max(dense(0) + small(0) + GPU attention, host attention(1))
                        + max(dense(1) + small(1), host attention(0)))
+deferred     captured, host rows beside the others:
+             max(gpu_only + exchange, host attention of what is under way, link)
+streamed     rows of any of these: GPU attention over KV that comes over the link beside the sweep
 migrations   before the sweep, over the link
 """
 
@@ -39,11 +42,12 @@ class SweepTime:
     """The GPU computes or copies."""
     cpu: float = 0.0
     """The cpu_service computes."""
+    queued: bool = False
+    """The engine launches it and goes on, as its runner does."""
 
     @property
     def overlaps(self) -> bool:
-        """The engine launches it and goes on, as its runner does."""
-        return self.mode == GPU_ONLY
+        return self.queued or self.mode == GPU_ONLY
 
 
 class Machine:
@@ -56,8 +60,12 @@ class Machine:
         spec: ModelSpec,
         table: ShapeTable,
         host_kv_int8: bool = False,
+        device_deals: bool = True,
     ) -> None:
-        """`measured`: the profile's model. `table`: padded sizes of captured sweeps."""
+        """`measured`: the profile's model. `table`: padded sizes of captured sweeps.
+        `device_deals`: migrations, streamed rows and deferred ones are queued as sweeps are, and
+        nobody waits for them."""
+        self._device_deals = device_deals
         self.profile, self.spec, self.table = profile, spec, table
         self._kv_bytes = spec.kv_bytes_per_token(_ELEMENT_BYTES)
         self._host_kv_bytes = self._kv_bytes
@@ -80,19 +88,39 @@ class Machine:
         mode; those that start with the plan are among them."""
         moved = self._migrations_ms(plan)
         batch = plan.batches[0] if plan.batches else SubBatch()
-        on_host = any(chunk.tier is Tier.HOST for chunk in batch.prefill)
-        if plan.mode is Mode.DEFERRED:
-            gpu, cpu, total = self._deferred(batch, under_way)
-        elif plan.mode is Mode.ASYMMETRIC:
+        if plan.mode is Mode.DEFERRED or self._captures(plan):
+            return self._captured(plan, batch, moved, under_way)
+        if plan.mode is Mode.ASYMMETRIC:
             gpu, cpu, total = self._asymmetric(*plan.batches)
         elif not plan.batches:
             gpu = cpu = total = 0.0
-        elif plan.migrations or batch.host_decode or on_host:
-            gpu, cpu, total = self._inline(batch)
         else:
-            ms = self._captured_ms(batch)
-            return SweepTime(GPU_ONLY, ms, ms)
+            gpu, cpu, total = self._inline(batch)
         return SweepTime(plan.mode.value, moved + total, moved + gpu, cpu)
+
+    def _captures(self, plan: IterationPlan) -> bool:
+        """A sweep that needs nobody's wait for the host: one captured, or queued all the same."""
+        if plan.mode is not Mode.INLINE or not plan.batches:
+            return False
+        (batch,) = plan.batches
+        on_host = any(chunk.tier is Tier.HOST for chunk in batch.prefill) or batch.streamed
+        return not batch.host_decode and (self._device_deals or not (plan.migrations or on_host))
+
+    def _captured(
+        self, plan: IterationPlan, batch: SubBatch, moved: float, under_way: Sequence[int]
+    ) -> SweepTime:
+        gpu, cpu = moved + self._captured_ms(batch), 0.0
+        if batch.streamed:
+            gpu += 1e-3 * self.spec.layers * self.profile.link.streamed_layer_us.value
+        if plan.mode is Mode.DEFERRED:
+            gpu += 1e-3 * self.spec.layers * self.profile.link.deferred_layer_us.value
+            gpu += self._dense_ms(batch.tokens + len(under_way) / (self.spec.layers + 1))
+            gpu -= self._dense_ms(batch.tokens)
+            cpu = self._host_attention_ms(sum(under_way)) / (self.spec.layers + 1)
+        beside = moved + self._streamed_ms(batch) + self._host_prompts_ms(batch)
+        mode = GPU_ONLY if plan.mode is Mode.INLINE else plan.mode.value
+        queued = self._device_deals or plan.mode is Mode.INLINE
+        return SweepTime(mode, max(gpu, cpu, beside), gpu, cpu, queued)
 
     def host_ms(self, plan: IterationPlan) -> float:
         """What the engine's thread computes for one iteration."""
@@ -129,7 +157,8 @@ class Machine:
         return self._head * self.profile.gpu.head_ms.at(sequences)
 
     def _decode_ms(self, batch: SubBatch) -> float:
-        gpu, context = self.profile.gpu, sum(row.length for row in batch.gpu_decode)
+        gpu = self.profile.gpu
+        context = sum(row.length for row in (*batch.gpu_decode, *batch.streamed))
         if not context:
             return 0.0
         read = 1e-6 * context * self._kv_bytes / gpu.decode_attention_gbps.value
@@ -162,6 +191,9 @@ class Machine:
         tokens = sum(chunk.start + len(chunk.token_ids) for chunk in chunks)
         return self._link_ms(tokens * self._host_kv_bytes)
 
+    def _streamed_ms(self, batch: SubBatch) -> float:
+        return self._link_ms(sum(row.length for row in batch.streamed) * self._host_kv_bytes)
+
     # -- modes -------------------------------------------------------------------------------
 
     def _inline(self, batch: SubBatch) -> tuple[float, float, float]:
@@ -189,9 +221,8 @@ class Machine:
 
     def _attention_ms(self, batch: SubBatch) -> float:
         """The GPU's, and what it waits for on the link."""
-        return (
-            self._decode_ms(batch) + self._prefill_ms(batch.prefill) + self._host_prompts_ms(batch)
-        )
+        on_link = self._host_prompts_ms(batch) + self._streamed_ms(batch)
+        return self._decode_ms(batch) + self._prefill_ms(batch.prefill) + on_link
 
     def _host_rows_ms(self, batch: SubBatch) -> tuple[float, float]:
         """The host's attention, and what goes to it and comes back."""
@@ -205,21 +236,10 @@ class Machine:
         delay_us = link.doorbell_us.value + 4 * link.copy_us.value
         return cpu, spec.layers * (1e-3 * delay_us + self._link_ms(size))
 
-    def _deferred(self, batch: SubBatch, under_way: Sequence[int]) -> tuple[float, float, float]:
-        """As `_inline`; every row under way goes on by one layer."""
-        layers = self.spec.layers
-        own = len(batch.gpu_decode) + sum(len(chunk.token_ids) for chunk in batch.prefill)
-        beside = len(under_way) / (layers + 1)
-        gpu = self._gaps * self.profile.gpu.gaps_ms.value + self._dense_ms(own + beside)
-        gpu += self._head_ms(len(batch.gpu_decode) + len(batch.prefill) + beside)
-        gpu += self._decode_ms(batch) + self._prefill_ms(batch.prefill)
-        gpu += 1e-3 * layers * self.profile.link.deferred_layer_us.value
-        cpu = self._host_attention_ms(sum(under_way)) / (layers + 1)
-        return gpu, cpu, max(gpu, cpu, self._host_prompts_ms(batch))
-
 
 def _sequences(batch: SubBatch) -> int:
-    return len(batch.prefill) + len(batch.gpu_decode) + len(batch.host_decode)
+    decode = len(batch.gpu_decode) + len(batch.streamed) + len(batch.host_decode)
+    return len(batch.prefill) + decode
 
 
 def _weights(spec: ModelSpec) -> int:

@@ -82,6 +82,8 @@ class LinkProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """GPU to cpu_service and back, with nothing to do."""
     deferred_layer_us: Figure
     """What a layer's exchange adds to a captured sweep while nobody waits for it."""
+    streamed_layer_us: Figure
+    """What reading a layer's KV over the link adds to a captured sweep beside that."""
 
 
 class HostProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

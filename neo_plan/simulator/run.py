@@ -186,7 +186,9 @@ class SimulatedRunner:
             end=self._device_free,
             time=time,
             rows=sum(batch.tokens for batch in plan.batches),
-            decode_rows=sum(len(b.gpu_decode) + len(b.host_decode) for b in plan.batches),
+            decode_rows=sum(
+                len(b.gpu_decode) + len(b.streamed) + len(b.host_decode) for b in plan.batches
+            ),
         )
         self.sweeps.append(sweep)
         if not time.overlaps:

@@ -184,8 +184,8 @@ def test_deferred_sweeps_take_what_the_prototype_took() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("sum(under_way)) / (layers + 1)", "sum(under_way))"),
-        ("max(gpu, cpu, self", "max(gpu, self"),
+        ("sum(under_way)) / (self.spec.layers + 1)", "sum(under_way))"),
+        ("max(gpu, cpu, beside)", "max(gpu, beside)"),
         ("deferred_layer_us.value", "deferred_layer_us.value * 0"),
         ("1e-6 * context * self._host_kv_bytes", "1e-6 * context * self._host_kv_bytes / 2"),
     ],

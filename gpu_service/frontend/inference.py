@@ -113,7 +113,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         validate.check_model(request.model, model)
         ids = validate.prompt_ids("token_ids", request.token_ids, model)
         text = self._tokenizer.decode(ids, skip_special_tokens=not request.include_special_tokens)
-        return pb.DetokenizeResponse(text=text)
+        pieces = [self._tokenizer.token_bytes(i) for i in ids] if request.token_bytes else ()
+        return pb.DetokenizeResponse(text=text, token_bytes=pieces)
 
     async def _observed(self, live: LiveRequest, arrival: float) -> AsyncIterator[Any]:
         """The request's updates, with latencies noted on the way."""

@@ -16,6 +16,7 @@ from gpu_service.model.gguf_spec import spec_from_gguf
 from gpu_service.model.gguf_tokenizer import special_tokens, tokenizer_from_gguf
 from gpu_service.model.hf_spec import spec_from_directory
 from gpu_service.model.spec import resolve_model
+from gpu_service.model.token_bytes import TokenBytes
 
 __all__ = ["DetokenizeStream", "Tokenizer", "load_tokenizer"]
 
@@ -38,6 +39,7 @@ class Tokenizer:
         """Ids are below this. The model's own vocabulary may be padded to more."""
         self.longest_token = max(map(len, vocabulary), default=0)
         """Characters."""
+        self._token_bytes = TokenBytes(backend)
 
     @property
     def has_chat_template(self) -> bool:
@@ -62,6 +64,10 @@ class Tokenizer:
         """Text of `token_ids`; ids without a token are left out."""
         text: str = self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What the token adds within a text; empty for an id without a token."""
+        return self._token_bytes.of(token_id)
 
     def stream(
         self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True

@@ -231,6 +231,9 @@ async def test_models_and_tokens(inference: Any) -> None:
     assert (await inference.GetModel(pb.GetModelRequest(model="tiny"))).model == listed
     ids = (await inference.Tokenize(pb.TokenizeRequest(text="hello"))).token_ids
     assert (await inference.Detokenize(pb.DetokenizeRequest(token_ids=ids))).text == "hello"
+    both = await inference.Detokenize(pb.DetokenizeRequest(token_ids=ids, token_bytes=True))
+    assert len(both.token_bytes) == len(ids)
+    assert (both.text, b"".join(both.token_bytes)) == ("hello", b"hello")
 
 
 async def test_every_other_rpc_refuses_bad_input(inference: Any, engine: Any) -> None:

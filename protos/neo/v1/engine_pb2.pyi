@@ -41,7 +41,7 @@ class TierLoad(_message.Message):
     def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_total: _Optional[int] = ...) -> None: ...
 
 class LoadSnapshot(_message.Message):
-    __slots__ = ("state", "host_tier_state", "gpu", "host", "waiting_requests", "waiting_prompt_tokens", "max_waiting_requests", "block_tokens", "demotions_total", "promotions_total", "recomputations_total", "iterations_total", "iteration_seconds", "output_tokens_per_second", "sequence", "instance_id")
+    __slots__ = ("state", "host_tier_state", "gpu", "host", "waiting_requests", "waiting_prompt_tokens", "max_waiting_requests", "block_tokens", "demotions_total", "promotions_total", "recomputations_total", "iterations_total", "iteration_seconds", "output_tokens_per_second", "sequence", "instance_id", "prefix_query_tokens_total", "prefix_hit_tokens_total", "prefix_host_hit_tokens_total")
     STATE_FIELD_NUMBER: _ClassVar[int]
     HOST_TIER_STATE_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,9 @@ class LoadSnapshot(_message.Message):
     OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERY_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HOST_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     state: EngineState
     host_tier_state: HostTierState
     gpu: TierLoad
@@ -74,7 +77,10 @@ class LoadSnapshot(_message.Message):
     output_tokens_per_second: float
     sequence: int
     instance_id: str
-    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., host_tier_state: _Optional[_Union[HostTierState, str]] = ..., gpu: _Optional[_Union[TierLoad, _Mapping]] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., block_tokens: _Optional[int] = ..., demotions_total: _Optional[int] = ..., promotions_total: _Optional[int] = ..., recomputations_total: _Optional[int] = ..., iterations_total: _Optional[int] = ..., iteration_seconds: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., sequence: _Optional[int] = ..., instance_id: _Optional[str] = ...) -> None: ...
+    prefix_query_tokens_total: int
+    prefix_hit_tokens_total: int
+    prefix_host_hit_tokens_total: int
+    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., host_tier_state: _Optional[_Union[HostTierState, str]] = ..., gpu: _Optional[_Union[TierLoad, _Mapping]] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., block_tokens: _Optional[int] = ..., demotions_total: _Optional[int] = ..., promotions_total: _Optional[int] = ..., recomputations_total: _Optional[int] = ..., iterations_total: _Optional[int] = ..., iteration_seconds: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., sequence: _Optional[int] = ..., instance_id: _Optional[str] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., prefix_host_hit_tokens_total: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

@@ -126,16 +126,18 @@ class ChoiceList(_message.Message):
     def __init__(self, texts: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SchedulingParams(_message.Message):
-    __slots__ = ("placement", "priority", "ttft_ms", "tpot_ms")
+    __slots__ = ("placement", "priority", "ttft_ms", "tpot_ms", "cache_salt")
     PLACEMENT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TTFT_MS_FIELD_NUMBER: _ClassVar[int]
     TPOT_MS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     placement: Placement
     priority: int
     ttft_ms: float
     tpot_ms: float
-    def __init__(self, placement: _Optional[_Union[Placement, str]] = ..., priority: _Optional[int] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, placement: _Optional[_Union[Placement, str]] = ..., priority: _Optional[int] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "logprob")
@@ -158,7 +160,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top: _Optional[_Iterable[_Union[TopLogprob, _Mapping]]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "gpu_tokens", "host_tokens", "demotions", "promotions", "recomputations", "queue_seconds", "ttft_seconds", "cached_prompt_tokens")
+    __slots__ = ("prompt_tokens", "completion_tokens", "gpu_tokens", "host_tokens", "demotions", "promotions", "recomputations", "queue_seconds", "ttft_seconds", "cached_prompt_tokens", "cached_host_tokens", "prefix_hit_tokens")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     GPU_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +171,8 @@ class Usage(_message.Message):
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TTFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_HOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     gpu_tokens: int
@@ -179,4 +183,6 @@ class Usage(_message.Message):
     queue_seconds: float
     ttft_seconds: float
     cached_prompt_tokens: int
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., gpu_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., demotions: _Optional[int] = ..., promotions: _Optional[int] = ..., recomputations: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., ttft_seconds: _Optional[float] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...
+    cached_host_tokens: int
+    prefix_hit_tokens: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., gpu_tokens: _Optional[int] = ..., host_tokens: _Optional[int] = ..., demotions: _Optional[int] = ..., promotions: _Optional[int] = ..., recomputations: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., ttft_seconds: _Optional[float] = ..., cached_prompt_tokens: _Optional[int] = ..., cached_host_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ...) -> None: ...

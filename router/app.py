@@ -18,11 +18,13 @@ from neo_common.grpc.settings import admin_address
 from protos.neo.v1 import router_pb2, router_pb2_grpc
 from router import compat
 from router.backend import Backend
+from router.chooser import Chooser
 from router.config import RouterConfig
 from router.forward import SERVICE, Forwarder, RelayLimits
 from router.limits import Gate
 from router.load import WatchTiming
 from router.metrics import RouterMetrics
+from router.policies import POLICIES
 from router.registry import Registry
 from router.service import RouterServicer
 
@@ -40,15 +42,18 @@ class Router:
         self.collector = CollectorRegistry()
         self._metrics = RouterMetrics(self.collector)
         self.registry = Registry(
-            [
-                Backend(address, self._channel(address), config.stale_seconds)
-                for address in config.backends
-            ],
+            lambda address: Backend(address, self._channel(address), config.stale_seconds),
+            config.backends,
             WatchTiming(
                 interval_ms=config.load_interval_ms,
                 silence_seconds=config.silence_seconds,
                 backoff_seconds=config.reconnect_seconds,
                 max_backoff_seconds=config.max_reconnect_seconds,
+            ),
+            Chooser(
+                POLICIES[config.policy],
+                {model: POLICIES[name] for model, name in config.policies_by_model().items()},
+                config.default_model,
             ),
         )
         self.server = ServiceServer(
@@ -64,7 +69,14 @@ class Router:
             self.registry,
             Gate(config.max_calls, config.retry_after_seconds),
             self._metrics,
-            RelayLimits(config.max_attempts, config.abort_seconds, config.retry_after_seconds),
+            RelayLimits(
+                max_attempts=config.max_attempts,
+                retry_ratio=config.retry_ratio,
+                retry_base_seconds=config.retry_base_ms / 1e3,
+                retry_max_seconds=config.retry_max_ms / 1e3,
+                abort_seconds=config.abort_seconds,
+                retry_after_seconds=config.retry_after_seconds,
+            ),
         )
         compatible = compat.handlers(forwarder, self.registry.usable, self.server.guard.admitted)
         self.server.grpc.add_generic_rpc_handlers((forwarder.handler(), *compatible))

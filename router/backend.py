@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import grpc
 import grpc.aio
 
 from protos.neo.v1 import engine_pb2 as engine
-from router.policy import BackendState, BackendView, LoadView
+from router.views import BackendState, BackendView, LoadView
 
 SETTLE_SECONDS = 0.05
 """A call may take this long to show up in the backend's snapshots."""
@@ -42,6 +42,10 @@ class Backend:
         self.channel = channel
         self.calls_total = 0
         self.failures_total = 0
+        self.removed = False
+        """No longer one of the router's backends; forgotten when its calls have ended."""
+        self.models: tuple[str, ...] = ()
+        """That it serves; none: it has not said."""
         self.load: engine.LoadSnapshot | None = None
         self.load_at = 0.0
         self._load_view: LoadView | None = None
@@ -51,6 +55,7 @@ class Backend:
         self._watch_problem = "not reached yet"
         self._failed_calls = 0
         self._suspect_until = 0.0
+        self._on_idle: Callable[[], None] = lambda: None
 
     @property
     def in_flight(self) -> int:
@@ -62,6 +67,7 @@ class Backend:
         self.load = load
         self.load_at = now
         self._load_view = load_view(load)
+        self.models = tuple(load.models) or self.models
         self._failed_watches = 0
         self._watch_problem = ""
 
@@ -82,6 +88,12 @@ class Backend:
             yield
         finally:
             del self._open[number]
+            if not self._open:
+                self._on_idle()
+
+    def on_idle(self, callback: Callable[[], None]) -> None:
+        """Call it whenever the last open call has ended."""
+        self._on_idle = callback
 
     def call_failed(self, now: float) -> None:
         """The backend could not be reached, or went away under a call. Each further failure in a
@@ -102,6 +114,8 @@ class Backend:
         """Its state, and why it is not UP."""
         if self.load is None or self._failed_watches >= 2:
             return BackendState.DOWN, self._watch_problem
+        if self.removed:
+            return BackendState.DRAINING, "no longer listed"
         if self.load.state == engine.ENGINE_STATE_DRAINING:
             return BackendState.DRAINING, "draining"
         if self.load.state != engine.ENGINE_STATE_SERVING:
@@ -121,6 +135,7 @@ class Backend:
             load=self._load_view,
             in_flight=self.in_flight,
             unseen=self._unseen(),
+            age_seconds=now - self.load_at if self.load is not None else 0.0,
         )
 
     def _unseen(self) -> int:

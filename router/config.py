@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neo_common.grpc.settings import ListenSettings, PeerSettings
+from router.policies import POLICIES
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,24 @@ class RouterConfig(ListenSettings, PeerSettings):
     backends: tuple[str, ...] = ()
     """gRPC addresses of the gpu_services; at least one."""
 
+    policy: str = "kv-pressure"
+    """Which backend gets a call: `kv-pressure`."""
+    model_policies: tuple[str, ...] = ()
+    """Other policies for some models, as MODEL=POLICY."""
+    default_model: str = ""
+    """Model of calls that name none; empty means the only one that the backends serve."""
+
     max_calls: int = 4096
     """Calls held at once; more are refused with RESOURCE_EXHAUSTED."""
     max_attempts: int = 3
     """Backends tried for one call while no message of its answer has come."""
+    retry_ratio: float = 0.2
+    """Tries on other backends for each call, over all calls of 10 s; calls that are open count once
+    more, so that those of one lost backend can all be tried elsewhere."""
+    retry_base_ms: float = 10.0
+    """A call's first retry waits for a random time up to this; the bound doubles each time."""
+    retry_max_ms: float = 250.0
+    """Largest such bound."""
     abort_seconds: float = 5.0
     """How long an Abort waits for each backend's answer."""
     retry_after_seconds: float = 1.0
@@ -49,6 +64,19 @@ class RouterConfig(ListenSettings, PeerSettings):
     log_format: str = "text"
     """`text` or `json`."""
 
+    def policies_by_model(self) -> dict[str, str]:
+        """Model -> policy of `model_policies`. Raises ValueError."""
+        found = {}
+        for text in self.model_policies:
+            model, equals, policy = text.rpartition("=")
+            if not equals or not model or policy not in POLICIES:
+                raise ValueError(
+                    f"model_policies must hold MODEL=POLICY with a policy of "
+                    f"{', '.join(POLICIES)}, not {text!r}"
+                )
+            found[model] = policy
+        return found
+
     def validate(self) -> None:
         """Raises ValueError naming the field."""
         self.validate_listener()
@@ -57,6 +85,9 @@ class RouterConfig(ListenSettings, PeerSettings):
             raise ValueError("backends must name at least one gpu_service, such as 127.0.0.1:7001")
         if len(set(self.backends)) < len(self.backends):
             raise ValueError("backends must not name an address twice")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
+        self.policies_by_model()
         for name in ("max_calls", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
@@ -66,7 +97,9 @@ class RouterConfig(ListenSettings, PeerSettings):
         ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0")
-        for name in ("drain_grace_seconds", "metrics_port"):
+        for name in (
+            "drain_grace_seconds", "metrics_port", "retry_ratio", "retry_base_ms", "retry_max_ms"
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         if not 10 <= self.load_interval_ms <= 60_000:

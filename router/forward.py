@@ -10,8 +10,9 @@ another backend, as long as no message of an answer has come and the backend was
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,17 @@ from google.protobuf.descriptor import ServiceDescriptor
 from neo_common.errors import Reason, ServiceError
 from protos.neo.v1 import inference_pb2
 from router.backend import Backend
+from router.keys import CallKeys, keys_of
 from router.limits import Gate
-from router.metrics import RouterMetrics
+from router.metrics import Measured, RouterMetrics
 from router.registry import Registry
-from router.relay import Context, Failure, attempt, outgoing
+from router.relay import Attempt, Context, Failure, Send, outgoing
+from router.retry import RetryBudget, pause_seconds
 
+RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
+"""Says that this backend cannot take the call now; another one may."""
+LISTING = frozenset({"ListModels", "RepositoryIndex"})
+"""Methods that ask for all models, where each backend knows its own."""
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 
 
@@ -34,6 +41,11 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 class RelayLimits:
     max_attempts: int
     """Backends tried for one call."""
+    retry_ratio: float
+    """Retries allowed for each call, over all calls; see router.retry."""
+    retry_base_seconds: float
+    """Bound of the pause before a call's first retry; doubles."""
+    retry_max_seconds: float
     abort_seconds: float
     """How long an Abort waits for each backend's answer."""
     retry_after_seconds: float
@@ -57,6 +69,7 @@ class Forwarder:
         self._metrics = metrics
         self._limits = limits
         self._clock = clock
+        self._budget = RetryBudget(limits.retry_ratio)
 
     def handler(
         self,
@@ -72,6 +85,8 @@ class Forwarder:
                 continue
             if method.name == "Abort":
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(self._abort(path))
+            elif method.name in LISTING:
+                methods[method.name] = grpc.unary_unary_rpc_method_handler(self._listed(path))
             elif method.server_streaming:
                 methods[method.name] = grpc.unary_stream_rpc_method_handler(self._stream(path))
             else:
@@ -100,42 +115,82 @@ class Forwarder:
 
         return handle
 
-    async def _relay(
-        self, path: str, request: bytes, context: Context, send: Callable[[bytes], Awaitable[None]]
-    ) -> None:
+    async def _relay(self, path: str, request: bytes, context: Context, send: Send) -> None:
         failure = await self.relay(path, request, context, send)
         if failure is not None:
             await failure.refuse(context)
 
     async def relay(
-        self, path: str, request: bytes, context: Context, send: Callable[[bytes], Awaitable[None]]
+        self, path: str, request: bytes, context: Context, send: Send
     ) -> Failure | None:
         """Make the call on a backend, or several in turn. Returns how the backend refused it, None
         when it ended well; raises ServiceError for what is the router's own to say."""
-        with self._gate.enter(), self._metrics.measure(path) as measured:
+        with self._gate.enter(), self._metrics.measure(path) as measured, self._budgeted():
 
             async def pass_on(message: bytes) -> None:
                 measured.message()
                 await send(message)
 
+            keys = keys_of(path, request, context.invocation_metadata())
             tried: list[str] = []
             failure: Failure | None = None
-            while len(tried) < self._limits.max_attempts:
-                backend = self._registry.choose(tried)
-                if backend is None:
-                    break
+            while backend := await self._next(keys, tried, failure, measured):
                 tried.append(backend.address)
-                measured.attempt(backend.address)
-                with backend.call(self._clock()):
-                    outcome = await attempt(backend.channel, path, request, context, pass_on)
-                failure = outcome.failure
+                with self._attempt(backend, path, request, context) as attempt:
+                    failure = await attempt.first()
+                    answered = failure is None
+                    if answered:
+                        failure = await attempt.rest(pass_on)
                 self._note(backend, failure)
                 if failure is None:
                     return None
-                if outcome.answered or failure.code is not grpc.StatusCode.UNAVAILABLE:
+                if answered:
                     break
             measured.code = failure.code.name if failure else "UNAVAILABLE"
             return self._told(failure)
+
+    @contextlib.contextmanager
+    def _budgeted(self) -> Iterator[None]:
+        self._budget.began(self._clock())
+        try:
+            yield
+        finally:
+            self._budget.ended()
+
+    @contextlib.contextmanager
+    def _attempt(
+        self, backend: Backend, path: str, request: bytes, context: Context
+    ) -> Iterator[Attempt]:
+        """Counted as open on the backend while the block runs."""
+        with backend.call(self._clock()):
+            attempt = Attempt(backend.channel, path, request, context)
+            try:
+                yield attempt
+            finally:
+                attempt.end()
+
+    async def _next(
+        self, keys: CallKeys, tried: list[str], failure: Failure | None, measured: Measured
+    ) -> Backend | None:
+        """The backend for the call's next attempt, None when there is to be none. failure: of the
+        attempt before, whose answer had not begun."""
+        if failure is not None:
+            if failure.code not in RETRIED or len(tried) >= self._limits.max_attempts:
+                return None
+            if not self._budget.take(self._clock()):
+                self._metrics.over_budget.inc()
+                return None
+            await asyncio.sleep(
+                pause_seconds(
+                    len(tried), self._limits.retry_base_seconds, self._limits.retry_max_seconds
+                )
+            )
+        # Where all queues are full, trying the others would only add to the load.
+        full = failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        backend = self._registry.choose(keys, tried, with_room=full)
+        if backend is not None:
+            measured.attempt(backend.address)
+        return backend
 
     def _note(self, backend: Backend, failure: Failure | None) -> None:
         if failure is not None and failure.unreachable:
@@ -172,8 +227,32 @@ class Forwarder:
 
         return handle
 
-    async def ask_all(self, path: str, request: bytes, context: Context) -> list[bytes | Failure]:
-        """What each reachable backend answers to a unary call of a few seconds at most."""
+    def _listed(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """Messages of which all that matters is a repeated field: their bytes in a row are the
+        message that holds the elements of all."""
+
+        async def handle(request: bytes, context: Context) -> bytes:
+            with self._gate.enter(), self._metrics.measure(path) as measured:
+                asked = self._registry.per_model()
+                answers = await self.ask_all(path, request, context, asked)
+                listed = [answer for answer in answers if isinstance(answer, bytes)]
+                if listed:
+                    return b"".join(listed)
+                failure = next((a for a in answers if isinstance(a, Failure)), None)
+                measured.code = failure.code.name if failure else "UNAVAILABLE"
+                return await self._told(failure).refuse(context)
+
+        return handle
+
+    async def ask_all(
+        self,
+        path: str,
+        request: bytes,
+        context: Context,
+        backends: Sequence[Backend] | None = None,
+    ) -> list[bytes | Failure]:
+        """What each of them answers to a unary call of a few seconds at most; None: each that can
+        be reached."""
 
         async def ask(backend: Backend) -> bytes | Failure:
             left = context.time_remaining()
@@ -189,4 +268,5 @@ class Forwarder:
             except grpc.aio.AioRpcError as error:
                 return Failure.of(error)
 
-        return await asyncio.gather(*(ask(backend) for backend in self._registry.reachable()))
+        asked = self._registry.reachable() if backends is None else backends
+        return await asyncio.gather(*(ask(backend) for backend in asked))

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from neo_common.errors import ServiceError
 from router.backend import Backend
-from router.policy import BackendState
+from router.views import BackendState
 
 FIRST_MESSAGE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -60,6 +60,10 @@ class RouterMetrics:
         self.retries = Counter(
             "neo_router_retries", "Attempts after the first of a call.", registry=registry
         )
+        self.over_budget = Counter(
+            "neo_router_retries_over_budget", "Retries that the budget did not allow.",
+            registry=registry,
+        )  # fmt: skip
         self.messages = Counter("neo_router_messages", "Messages relayed.", registry=registry)
         self.first_message = Histogram(
             "neo_router_first_message_seconds", "From a call to the first message of its answer.",

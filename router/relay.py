@@ -69,52 +69,63 @@ class Failure:
         raise AssertionError("abort returned")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    failure: Failure | None
-    """None when the call ended with OK."""
-    answered: bool
-    """Whether any message was passed on; if so the call cannot be tried elsewhere."""
+Send = Callable[[bytes], Awaitable[None]]
 
 
-async def attempt(
-    channel: Any,
-    path: str,
-    request: bytes,
-    context: Context,
-    send: Callable[[bytes], Awaitable[None]],
-) -> Outcome:
-    """Send `request` to `path` with what is left of the client's time; pass each message to `send`.
+class Attempt:
+    """One attempt of a call on one backend: `first`, then `rest`; `end` it in any case.
 
-    Unary methods go the same way: on the wire they are streams of one message. Cancelling this
-    coroutine cancels the backend's call.
+    Unary methods go the same way: on the wire they are streams of one message. Cancelling `first`
+    or `rest` cancels the backend's call, and so does `end`.
     """
-    call = channel.unary_stream(path)(
-        request,
-        timeout=context.time_remaining(),
-        metadata=outgoing(context.invocation_metadata()),
-    )
-    answered = False
-    try:
-        while (message := await call.read()) is not EOF:
-            if not answered:
-                answered = True
-                if initial := forwarded(await call.initial_metadata()):
-                    await context.send_initial_metadata(initial)
-            await send(message)
-        if trailing := forwarded(await call.trailing_metadata()):
-            context.set_trailing_metadata(trailing)
-        return Outcome(None, answered)
-    except grpc.aio.AioRpcError as error:
-        return Outcome(Failure.of(error), answered)
-    except asyncio.CancelledError:
+
+    def __init__(self, channel: Any, path: str, request: bytes, context: Context) -> None:
+        """Send `request` to `path` with what is left of the client's time."""
+        self._context = context
+        self._call: Any = channel.unary_stream(path)(
+            request,
+            timeout=context.time_remaining(),
+            metadata=outgoing(context.invocation_metadata()),
+        )
+        self._message: Any = EOF
+
+    async def first(self) -> Failure | None:
+        """Wait until the answer begins (or ends without a message, well); nothing is passed on yet,
+        so that the call can still be tried elsewhere."""
+        try:
+            self._message = await self._call.read()
+            return None
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            return await self._failure(error)
+
+    async def rest(self, send: Send) -> Failure | None:
+        """Pass on each message to `send`, and metadata to the client; None when it ended well."""
+        try:
+            if self._message is not EOF and (
+                initial := forwarded(await self._call.initial_metadata())
+            ):
+                await self._context.send_initial_metadata(initial)
+            while self._message is not EOF:
+                await send(self._message)
+                self._message = await self._call.read()
+            if trailing := forwarded(await self._call.trailing_metadata()):
+                self._context.set_trailing_metadata(trailing)
+            return None
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            return await self._failure(error)
+
+    async def _failure(self, error: BaseException) -> Failure:
+        if isinstance(error, grpc.aio.AioRpcError):
+            return Failure.of(error)
         # Either our client has gone, or the backend ended the call with CANCELLED: grpc.aio raises
         # the same for both.
         task = asyncio.current_task()
-        if (task is not None and task.cancelling()) or not call.done():
-            raise
-        details = str(await call.details() or "")
-        trailing = forwarded(await call.trailing_metadata())
-        return Outcome(Failure(grpc.StatusCode.CANCELLED, details, trailing), answered)
-    finally:
-        call.cancel()
+        if (task is not None and task.cancelling()) or not self._call.done():
+            raise error
+        details = str(await self._call.details() or "")
+        trailing = forwarded(await self._call.trailing_metadata())
+        return Failure(grpc.StatusCode.CANCELLED, details, trailing)
+
+    def end(self) -> None:
+        """Let go of the backend's call, whatever its state."""
+        self._call.cancel()

@@ -15,9 +15,9 @@ from protos.neo.v1 import engine_pb2 as engine
 from protos.neo.v1 import engine_pb2_grpc, router_pb2_grpc
 from protos.neo.v1 import router_pb2 as pb
 from router.backend import Backend
-from router.policy import BackendState
 from router.registry import Registry
 from router.relay import Failure
+from router.views import BackendState
 
 DEFAULT_INTERVAL_MS = 500
 MIN_INTERVAL_MS = 10

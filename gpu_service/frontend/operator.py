@@ -71,6 +71,7 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
             max_waiting_requests=self._max_waiting,
             sequence=self._sequence,
             instance_id=self._info.instance_id,
+            models=[self._info.model],
         )
         if self._dispatcher.load is not None:
             _fill(snapshot, self._dispatcher.load)

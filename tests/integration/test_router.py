@@ -3,101 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
-from neo_common.errors import ErrorDetails, Reason, ServiceError
+from neo_common.errors import Reason, ServiceError
 from protos.neo.v1 import engine_pb2 as engine
 from protos.neo.v1 import inference_pb2 as inference
-from protos.neo.v1 import inference_pb2_grpc, router_pb2, router_pb2_grpc
-from router.app import ROUTER_SERVICE, Router, running
+from protos.neo.v1 import router_pb2, router_pb2_grpc
+from router.app import ROUTER_SERVICE, running
 from router.config import RouterConfig
-from router.policy import BackendState
-from router.relay import EOF
-from tests.support.fake_backend import FakeBackend, fake_backends
+from router.views import BackendState
+from tests.support.fake_backend import fake_backends
+from tests.support.front import details, front, rest
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class Front:
-    """A running router and stubs for it."""
-
-    def __init__(self, router: Router, channel: grpc.aio.Channel) -> None:
-        self.router = router
-        self.channel = channel
-        self.inference: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-        self.operator: Any = router_pb2_grpc.RouterServiceStub(channel)
-        self.health: Any = health_pb2_grpc.HealthStub(channel)
-
-    async def states(self, *wanted: BackendState) -> None:
-        """Until the backends have these states, in order."""
-        codes = [getattr(router_pb2, f"BACKEND_STATE_{state.name}") for state in wanted]
-        call = self.operator.WatchBackends(router_pb2.WatchBackendsRequest(interval_ms=10))
-        async with asyncio.timeout(10):
-            async for message in call:
-                if [backend.state for backend in message.backends] == codes:
-                    break
-        call.cancel()
-
-    async def until_health(self, status: int) -> None:
-        call = self.health.Watch(health_pb2.HealthCheckRequest())
-        async with asyncio.timeout(10):
-            async for message in call:
-                if message.status == status:
-                    break
-        call.cancel()
-
-    async def text(self, **request: Any) -> str:
-        texts = [
-            delta.text
-            async for message in self.inference.GenerateStream(
-                inference.GenerateRequest(text="hi", **request), timeout=10
-            )
-            for delta in message.deltas
-        ]
-        return "".join(texts)
-
-
-@asynccontextmanager
-async def front(backends: list[FakeBackend], **settings: Any) -> AsyncIterator[Front]:
-    """A router before `backends`, all of which are UP."""
-    config = RouterConfig(
-        listen="127.0.0.1:0",
-        backends=tuple(backend.address for backend in backends),
-        **{
-            "load_interval_ms": 20, "stale_seconds": 0.5, "silence_seconds": 1.0,
-            "reconnect_seconds": 0.02, "max_reconnect_seconds": 0.1, "drain_grace_seconds": 2.0,
-            **settings,
-        },
-    )  # fmt: skip
-    async with (
-        running(config) as router,
-        grpc.aio.insecure_channel(
-            router.server.address, options=(("grpc.use_local_subchannel_pool", 1),)
-        ) as channel,
-    ):
-        ready = Front(router, channel)
-        await ready.states(*[BackendState.UP] * len(backends))
-        yield ready
-
-
-async def rest(call: Any) -> list[Any]:
-    """The messages that are left on a stream of which some were read."""
-    messages = []
-    while (message := await call.read()) is not EOF:
-        messages.append(message)
-    return messages
-
-
-def details(error: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> ErrorDetails:
-    return ErrorDetails(error.value)
 
 
 async def test_streams_pass_through_with_metadata_both_ways() -> None:
@@ -139,6 +64,28 @@ async def test_every_unary_method() -> None:
         assert text.text == "A"
 
 
+async def test_what_is_wrong_with_a_request_is_said_once() -> None:
+    error = ServiceError(Reason.NEVER_FITS, "too long")
+    async with fake_backends(2, fail_with=error) as backends, front(backends) as ready:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ready.text()
+        assert details(caught).reason == "NEVER_FITS"
+        assert sum(len(backend.requests) for backend in backends) == 1
+
+
+async def test_full_queues_are_not_tried() -> None:
+    """Another backend is asked for room only as long as it has said to have some."""
+    error = ServiceError(Reason.QUEUE_FULL, "the queue is full")
+    async with (
+        fake_backends(2, fail_with=error, waiting=64) as backends,
+        front(backends) as ready,
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ready.text()
+        assert details(caught).reason == "QUEUE_FULL"
+        assert sum(len(backend.requests) for backend in backends) == 1
+
+
 async def test_errors_pass_through_with_their_details() -> None:
     error = ServiceError(Reason.QUEUE_FULL, "the queue is full", retry_after=2.5)
     async with fake_backends(2, fail_with=error) as backends, front(backends) as ready:
@@ -149,9 +96,7 @@ async def test_errors_pass_through_with_their_details() -> None:
         assert details(caught).reason == "QUEUE_FULL"
         assert details(caught).retry_after == 2.5
         assert dict(caught.value.trailing_metadata())["x-from"] in ("a", "b")
-        assert sum(len(backend.requests) for backend in backends) == 1, (
-            "only UNAVAILABLE is retried"
-        )
+        assert [len(backend.requests) for backend in backends] == [1, 1], "both said to have room"
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await ready.inference.GetModel(inference.GetModelRequest(model="?"))
         assert details(caught).fields == ["model"]

@@ -46,6 +46,8 @@ class FakeBackend(
     report_load: bool = True
     live_ids: set[str] = field(default_factory=set)
     drained: int = 0
+    models: tuple[str, ...] = ()
+    """That it reports to serve."""
     _server: Any = None
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
@@ -118,7 +120,9 @@ class FakeBackend(
         return inference.AbortResponse()
 
     async def ListModels(self, request: Any, context: Any) -> Any:
-        return inference.ListModelsResponse(models=[inference.Model(name=self.name)])
+        return inference.ListModelsResponse(
+            models=[inference.Model(name=name) for name in self.models or (self.name,)]
+        )
 
     async def GetModel(self, request: inference.GetModelRequest, context: Any) -> Any:
         if request.model not in ("", self.name):
@@ -148,6 +152,7 @@ class FakeBackend(
             max_waiting_requests=64,
             block_tokens=BLOCK_TOKENS,
             instance_id=self.name,
+            models=self.models,
         )
 
     async def GetLoad(self, request: Any, context: Any) -> Any:

@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -41,7 +42,7 @@ class TierLoad(_message.Message):
     def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_total: _Optional[int] = ...) -> None: ...
 
 class LoadSnapshot(_message.Message):
-    __slots__ = ("state", "host_tier_state", "gpu", "host", "waiting_requests", "waiting_prompt_tokens", "max_waiting_requests", "block_tokens", "demotions_total", "promotions_total", "recomputations_total", "iterations_total", "iteration_seconds", "output_tokens_per_second", "sequence", "instance_id", "prefix_query_tokens_total", "prefix_hit_tokens_total", "prefix_host_hit_tokens_total")
+    __slots__ = ("state", "host_tier_state", "gpu", "host", "waiting_requests", "waiting_prompt_tokens", "max_waiting_requests", "block_tokens", "demotions_total", "promotions_total", "recomputations_total", "iterations_total", "iteration_seconds", "output_tokens_per_second", "sequence", "instance_id", "models", "prefix_query_tokens_total", "prefix_hit_tokens_total", "prefix_host_hit_tokens_total")
     STATE_FIELD_NUMBER: _ClassVar[int]
     HOST_TIER_STATE_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +59,7 @@ class LoadSnapshot(_message.Message):
     OUTPUT_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_QUERY_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HOST_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -77,10 +79,11 @@ class LoadSnapshot(_message.Message):
     output_tokens_per_second: float
     sequence: int
     instance_id: str
+    models: _containers.RepeatedScalarFieldContainer[str]
     prefix_query_tokens_total: int
     prefix_hit_tokens_total: int
     prefix_host_hit_tokens_total: int
-    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., host_tier_state: _Optional[_Union[HostTierState, str]] = ..., gpu: _Optional[_Union[TierLoad, _Mapping]] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., block_tokens: _Optional[int] = ..., demotions_total: _Optional[int] = ..., promotions_total: _Optional[int] = ..., recomputations_total: _Optional[int] = ..., iterations_total: _Optional[int] = ..., iteration_seconds: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., sequence: _Optional[int] = ..., instance_id: _Optional[str] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., prefix_host_hit_tokens_total: _Optional[int] = ...) -> None: ...
+    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., host_tier_state: _Optional[_Union[HostTierState, str]] = ..., gpu: _Optional[_Union[TierLoad, _Mapping]] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., block_tokens: _Optional[int] = ..., demotions_total: _Optional[int] = ..., promotions_total: _Optional[int] = ..., recomputations_total: _Optional[int] = ..., iterations_total: _Optional[int] = ..., iteration_seconds: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., sequence: _Optional[int] = ..., instance_id: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., prefix_host_hit_tokens_total: _Optional[int] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

@@ -8,7 +8,7 @@ import pytest
 
 from protos.neo.v1 import engine_pb2 as engine
 from router.backend import SETTLE_SECONDS, SUSPECT_BASE_SECONDS, Backend
-from router.policy import BackendState
+from router.views import BackendState
 
 STALE_SECONDS = 2.0
 

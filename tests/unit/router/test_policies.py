@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policy import BackendState, BackendView, LoadView, choose, pressure
+from router.policies import choose as choose_by
+from router.policies.pressure import least_pressure, pressure
+from router.views import BackendState, BackendView, CallView, LoadView
 
 LOAD = LoadView(
     total_tokens=16_000, used_tokens=0, running_requests=0, waiting_requests=0,
@@ -23,6 +26,10 @@ def backend(address: str, **changes: object) -> BackendView:
     rest = {k: v for k, v in changes.items() if k not in load}
     idle = BackendView(address, BackendState.UP, replace(LOAD, **load), in_flight=0, unseen=0)  # type: ignore[arg-type]
     return replace(idle, **rest)  # type: ignore[arg-type]
+
+
+def choose(backends: Sequence[BackendView], tried: Collection[str] = ()) -> str | None:
+    return choose_by(least_pressure, backends, CallView(), tried)
 
 
 def test_the_least_used_kv_wins() -> None:

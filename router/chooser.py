@@ -1,0 +1,77 @@
+"""From a call to a backend: which serve its model, which policy says, what it may know."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from neo_common.errors import Reason, ServiceError
+from router.keys import CallKeys
+from router.policies import Policy, choose
+from router.views import BackendView, CallView
+
+Served = Sequence[tuple[tuple[str, ...], BackendView]]
+"""Each backend and the models that it serves; no models: it has not said."""
+
+
+class Chooser:
+    """One router's choices; used by one event loop.
+
+    policy: for models that `by_model` does not name. default_model: for calls that name none; ""
+    means the only one there is.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        by_model: Mapping[str, Policy] | None = None,
+        default_model: str = "",
+        *,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._policy = policy
+        self._by_model = by_model or {}
+        self._default_model = default_model
+        self._draw = draw
+        self._turn = 0
+
+    def choose(
+        self,
+        served: Served,
+        keys: CallKeys,
+        tried: Collection[str] = (),
+        *,
+        with_room: bool = False,
+    ) -> str | None:
+        """The address, None when there is none to try (with room in its queue, if need be). Raises
+        ServiceError when no backend has the call's model."""
+        views, model = self._serving(served, keys.model)
+        policy = self._by_model.get(model, self._policy)
+        self._turn += 1
+        # Ties go to the first: let each be it in turn.
+        turn = self._turn % max(1, len(views))
+        call = CallView(session=keys.session, turn=self._turn, chance=self._draw())
+        return choose(policy, views[turn:] + views[:turn], call, tried, with_room=with_room)
+
+    def _serving(self, served: Served, model: str) -> tuple[list[BackendView], str]:
+        """The backends that have it, and its name. One that has not said what it serves is asked
+        only where nobody has said so: it may be of an older version."""
+        names = sorted({name for models, _ in served for name in models})
+        model = model or self._default_model
+        if not names:
+            return [view for _, view in served], model
+        if not model:
+            if len(names) > 1:
+                raise _unknown("model is missing", names)
+            model = names[0]
+        views = [view for models, view in served if model in models]
+        if not views:
+            views = [view for models, view in served if not models]
+        if not views:
+            raise _unknown(f"model {model!r} is not served here", names)
+        return views, model
+
+
+def _unknown(what: str, names: Sequence[str]) -> ServiceError:
+    shown = ", ".join(names)
+    return ServiceError(Reason.UNKNOWN_MODEL, f"{what}; there are {shown}", field="model")

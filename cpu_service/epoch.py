@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from operator import add
 from typing import Protocol
 
+from kernels.cpu.dataplane import LAYER_BOUNDS_SECONDS
 from protos.neo.v1 import cpu_attention_pb2 as pb
 
 
@@ -21,20 +23,35 @@ class ThreadPlan:
 
 @dataclass(frozen=True)
 class EpochStats:
-    """Counters since the epoch's start."""
+    """Counters since the epoch's start; `backlog` is of now."""
 
     sweeps: int = 0
     rows: int = 0
+    """Rows times layers."""
     kv_bytes_read: int = 0
     busy_seconds: float = 0.0
+    waits: int = 0
+    """For the engine, in the middle of a sweep; shm alone knows of them."""
+    wait_seconds: float = 0.0
+    parks: int = 0
+    """How often the worker went to sleep for want of work; shm alone."""
+    backlog: int = 0
+    """Layers submitted and not done; shm alone."""
+    layers: tuple[int, ...] = (0,) * (len(LAYER_BOUNDS_SECONDS) + 1)
+    """Attended, by their time: up to each bound, then the rest."""
 
     def __add__(self, other: EpochStats) -> EpochStats:
-        return EpochStats(
-            self.sweeps + other.sweeps,
-            self.rows + other.rows,
-            self.kv_bytes_read + other.kv_bytes_read,
-            self.busy_seconds + other.busy_seconds,
-        )
+        sums = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in fields(self)
+            if field.name != "layers"
+        }
+        layers = tuple(map(add, self.layers, other.layers))
+        return EpochStats(**sums, layers=layers)
+
+    def ended(self) -> EpochStats:
+        """As it counts once the epoch is over."""
+        return replace(self, backlog=0)
 
 
 class Epoch(Protocol):

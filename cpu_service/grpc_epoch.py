@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from cpu_service.epoch import EpochStats, ThreadPlan
 from cpu_service.spec import MAX_INLINE_BYTES, SessionSpec
 from kernels import cpu
+from kernels.cpu.dataplane import LAYER_BOUNDS_SECONDS
 from neo_common.errors import Reason, ServiceError
 from neo_common.shm.memory import SharedMemory
 from protos.neo.v1 import cpu_attention_pb2 as pb
@@ -172,10 +174,13 @@ class GrpcEpoch:
         old = self._stats
         tokens = int((np.minimum(lengths, window) if window else lengths).sum())
         token_bytes = self._spec.layout.piece_bytes // self._spec.layout.block_tokens
+        layers = list(old.layers)
+        layers[bisect_left(LAYER_BOUNDS_SECONDS, seconds)] += 1
         self._stats = EpochStats(
             sweeps=old.sweeps + (step.sweep != self._last_sweep),
             rows=old.rows + len(lengths),
             kv_bytes_read=old.kv_bytes_read + tokens * token_bytes,
             busy_seconds=old.busy_seconds + seconds,
+            layers=tuple(layers),
         )
         self._last_sweep = step.sweep

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import uvloop
-from prometheus_client import CollectorRegistry
 
 from cpu_service.affinity import plan_threads
 from cpu_service.config import CpuServiceConfig
@@ -15,7 +14,7 @@ from cpu_service.metrics import SessionCollector
 from cpu_service.service import CpuAttentionServicer
 from cpu_service.sessions import SessionTable
 from neo_common.grpc.server import ServiceServer
-from neo_common.metrics import endpoint
+from neo_common.metrics import endpoint, service_registry
 from neo_common.shm.handoff import HandoffServer
 from protos.neo.v1 import cpu_attention_pb2 as pb
 from protos.neo.v1 import cpu_attention_pb2_grpc as pb_grpc
@@ -45,7 +44,7 @@ async def serve(config: CpuServiceConfig) -> None:
         servicer = CpuAttentionServicer(table, plan, _version(), config.numa_node)
         add = pb_grpc.add_CpuAttentionServiceServicer_to_server
         add(servicer, server.grpc)  # type: ignore[no-untyped-call]
-        registry = CollectorRegistry()
+        registry = service_registry("cpu_service")
         registry.register(SessionCollector(table))
         with endpoint(registry, config.metrics_port):
             address = await server.start()

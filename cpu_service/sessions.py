@@ -67,6 +67,11 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    @property
+    def threads(self) -> int:
+        """Attention threads of each session."""
+        return self._plan.threads
+
     def totals(self) -> EpochStats:
         """Over all epochs since the process started. Any thread."""
         live = [session.epoch for session in list(self._sessions.values())]
@@ -181,7 +186,7 @@ class SessionTable:
         if epoch is None:
             return
         await epoch.stop()
-        self._past += epoch.stats()
+        self._past += epoch.stats().ended()
         if isinstance(epoch, ShmEpoch) and session.pool is None:
             session.pool = epoch.pool  # handed over during that epoch
 

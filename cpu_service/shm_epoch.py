@@ -115,9 +115,7 @@ class ShmEpoch:
     def stats(self) -> EpochStats:
         if self._worker is not None:
             stats = self._worker.stats()
-            self._last_stats = EpochStats(
-                stats.sweeps, stats.rows, stats.kv_bytes_read, stats.busy_seconds
-            )
+            self._last_stats = EpochStats(**vars(stats))
         return self._last_stats
 
     async def stop(self) -> None:

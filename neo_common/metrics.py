@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, start_http_server
+from prometheus_client.utils import floatToGoString
+
+from neo_common.version import version
+
+
+def service_registry(service: str) -> CollectorRegistry:
+    """A registry that says which version of which service this is, and what the process uses."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    build = Info("neo_build", "What runs here.", registry=registry)
+    build.info({"service": service, "version": version()})
+    return registry
 
 
 @contextmanager
@@ -28,3 +41,9 @@ def endpoint(registry: CollectorRegistry, port: int, address: str = "0.0.0.0") -
         server.shutdown()
         server.server_close()
         thread.join(timeout=5)
+
+
+def cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:
+    """A histogram's buckets as Prometheus wants them. counts: up to each bound, then the rest."""
+    named = [*map(floatToGoString, bounds), "+Inf"]
+    return list(zip(named, itertools.accumulate(counts), strict=True))

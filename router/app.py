@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator
 
 import grpc.aio
-from prometheus_client import CollectorRegistry
 
 from neo_common import metrics
 from neo_common.grpc.channel import peer_credentials, peer_options
@@ -39,7 +38,7 @@ class Router:
 
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
-        self.collector = CollectorRegistry()
+        self.collector = metrics.service_registry("router")
         self._metrics = RouterMetrics(self.collector)
         self.registry = Registry(
             lambda address: Backend(address, self._channel(address), config.stale_seconds),

@@ -23,6 +23,8 @@ _native = _neo_cpu.dataplane
 
 NONCE_BYTES: int = _native.NONCE_BYTES
 LANES: int = _native.LANES
+LAYER_BOUNDS_SECONDS = tuple(bound / 1e6 for bound in _native.LAYER_BOUNDS_US)
+"""Upper bounds of the buckets of `WorkerStats.layers`, which has one more for the rest."""
 _ELEMENT_BYTES = {DType.FLOAT32: 4, DType.BFLOAT16: 2, DType.FLOAT16: 2}
 
 
@@ -275,11 +277,22 @@ class WorkerOptions:
 
 @dataclass(frozen=True)
 class WorkerStats:
+    """Counters since the worker's start; `backlog` is of now."""
+
     sweeps: int
     rows: int
     """Rows times layers."""
     kv_bytes_read: int
     busy_seconds: float
+    waits: int
+    """For a doorbell, in the middle of a sweep."""
+    wait_seconds: float
+    parks: int
+    """How often the worker went to sleep for want of work."""
+    backlog: int
+    """Layers that have been rung for and are not done."""
+    layers: tuple[int, ...]
+    """Attended with rows, by their time; see `LAYER_BOUNDS_SECONDS`."""
 
 
 class Worker:
@@ -314,5 +327,10 @@ class Worker:
         self._native.stop()
 
     def stats(self) -> WorkerStats:
-        sweeps, rows, kv_bytes, busy_ns = self._native.stats()
-        return WorkerStats(sweeps, rows, kv_bytes, busy_ns / 1e9)
+        sweeps, rows, kv_bytes, busy_ns, waits, wait_us, parks, backlog, layers = (
+            self._native.stats()
+        )
+        return WorkerStats(
+            sweeps, rows, kv_bytes, busy_ns / 1e9, waits, wait_us / 1e6, parks, backlog,
+            tuple(layers),
+        )  # fmt: skip

@@ -172,6 +172,11 @@ def test_metrics_tell_what_was_done(tmp_path: Path) -> None:
     assert float(values["neo_host_pool_bytes"]) == SHAPE.layout.pool_bytes(BLOCKS)
     assert float(values["neo_host_rows_total"]) == 2 * SHAPE.layers
     assert float(values["neo_host_kv_read_bytes_total"]) > 0
+    assert float(values["neo_host_backlog_layers"]) == 0
+    assert float(values["neo_host_attention_seconds_count"]) == SHAPE.layers
+    assert float(values['neo_host_attention_seconds_bucket{le="+Inf"}']) == SHAPE.layers
+    assert float(values["neo_host_attention_seconds_sum"]) > 0
+    assert float(values["neo_host_up_seconds_total"]) > 0
 
 
 def test_the_service_does_not_import_torch() -> None:

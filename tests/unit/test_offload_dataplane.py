@@ -21,6 +21,35 @@ def test_both_lanes_give_exactly_what_the_kernel_gives() -> None:
         assert stats.sweeps >= 2
         assert stats.rows == SHAPE.layers * (5 + 5 + 3)
         assert stats.kv_bytes_read > 0
+        assert sum(stats.layers) == SHAPE.layers * 2 * 3
+        assert stats.backlog == 0
+
+
+def test_the_worker_counts_what_it_waits_for_within_a_sweep_alone() -> None:
+    with rig() as it:
+        lane, pause, start = it.rows([20]), 0.05, time.monotonic()
+        time.sleep(pause)  # no sweep yet: idle, not waiting
+        assert it.worker.stats().wait_seconds == 0
+        assert it.channel.begin_sweep([lane], SECOND_US) is WaitStatus.OK
+        for layer in range(SHAPE.layers):
+            time.sleep(pause)  # what the engine would compute
+            np.testing.assert_array_equal(*attend(it, layer, lane, (0, 1)))
+        stats = it.worker.stats()
+        assert 1 <= stats.waits <= SHAPE.layers
+        assert SHAPE.layers * pause * 0.9 <= stats.wait_seconds <= time.monotonic() - start
+        assert stats.parks >= 1
+
+
+def test_backlog_is_what_has_been_rung_for_and_is_not_done() -> None:
+    with rig() as it:
+        it.restart(start=False)
+        lane = it.rows([20])
+        assert it.channel.begin_sweep([lane], SECOND_US) is WaitStatus.OK
+        it.channel.submit(0, 0, *it.inputs(1))
+        assert it.worker.stats().backlog == 1
+        it.worker.start()
+        assert it.channel.wait(0, 0, it.inputs(1)[0], SECOND_US) is WaitStatus.OK
+        assert it.worker.stats().backlog == 0
 
 
 @pytest.mark.parametrize("mutant", ["scale", "window", "layer", "table"])

@@ -138,7 +138,8 @@ void bind_worker(py::module_& m) {
       .def_property_readonly("running", &Worker::running)
       .def("stats", [](const Worker& self) {
         const WorkerStats stats = self.stats();
-        return std::make_tuple(stats.sweeps, stats.rows, stats.kv_bytes_read, stats.busy_ns);
+        return std::make_tuple(stats.sweeps, stats.rows, stats.kv_bytes_read, stats.busy_ns, stats.waits, stats.wait_us,
+                               stats.parks, stats.backlog, stats.layers);
       });
 }
 
@@ -149,6 +150,7 @@ void bind_dataplane(py::module_& m) {
   py::module_ dataplane = m.def_submodule("dataplane", "Control and step memory, channel and worker.");
   dataplane.attr("NONCE_BYTES") = neo::kNonceBytes;
   dataplane.attr("LANES") = neo::kLanes;
+  dataplane.attr("LAYER_BOUNDS_US") = neo::kLayerBoundsUs;
   neo::bind_shape(dataplane);
   neo::bind_channel(dataplane);
   neo::bind_worker(dataplane);

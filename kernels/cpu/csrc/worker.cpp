@@ -69,7 +69,35 @@ void Worker::stop() {
   thread_.join();
 }
 
-WorkerStats Worker::stats() const { return {sweeps_.load(), rows_.load(), kv_bytes_.load(), busy_ns_.load()}; }
+WorkerStats Worker::stats() const {
+  WorkerStats stats{sweeps_.load(), rows_.load(),    kv_bytes_.load(), busy_ns_.load(),
+                    waits_.load(),  wait_us_.load(), parks_.load(),    backlog()};
+  std::transform(layers_.begin(), layers_.end(), stats.layers.begin(), [](const auto& count) { return count.load(); });
+  return stats;
+}
+
+// Layers of a sweep that was cancelled stay undone: what is retired is behind nobody. The counters are the engine's to
+// write, too; whatever it does there, a layer has one of two slots.
+uint32_t Worker::backlog() const {
+  uint32_t behind = 0;
+  for (int32_t lane = 0; lane < kLanes; ++lane) {
+    const uint32_t retired = memory_.header().retired[lane].load(std::memory_order_relaxed);
+    for (int32_t layer = 0; layer < memory_.shape().layers; ++layer) {
+      const Doorbell& bell = memory_.doorbell(lane, layer);
+      const uint32_t rung = bell.submitted.load(std::memory_order_relaxed);
+      if (!reached(retired, rung)) {
+        behind += std::min(rung - bell.done.load(std::memory_order_relaxed), kSlots);
+      }
+    }
+  }
+  return behind;
+}
+
+void Worker::count(int64_t busy_ns) {
+  busy_ns_.fetch_add(busy_ns, std::memory_order_relaxed);
+  const auto bucket = std::lower_bound(kLayerBoundsUs.begin(), kLayerBoundsUs.end(), busy_ns / 1000);
+  layers_[bucket - kLayerBoundsUs.begin()].fetch_add(1, std::memory_order_relaxed);
+}
 
 void Worker::loop() {
   pthread_setname_np(pthread_self(), "neo-worker");
@@ -93,6 +121,8 @@ void Worker::loop() {
 
 void Worker::serve() {
   int64_t last_progress = now_us();
+  int64_t counted = last_progress;  // up to when waiting has been counted
+  bool waiting = false;
   while (!stopping()) {
     bool progress = false;
     for (int32_t lane = 0; lane < kLanes; ++lane) {
@@ -103,17 +133,25 @@ void Worker::serve() {
       progress |= result == Turn::kProgress;
     }
     if (progress) {
-      last_progress = now_us();
+      last_progress = counted = now_us();
+      waiting = false;
       continue;
     }
     for (int spin = 0; spin < 32; ++spin) {
       cpu_relax();
     }
     yield_cpu();
-    if (now_us() - last_progress >= config_.spin_us && !must_not_park()) {
+    int64_t now = now_us();
+    if (now - last_progress >= config_.spin_us && !must_not_park()) {
       park();
-      last_progress = now_us();
+      last_progress = now = now_us();
     }
+    if (in_sweep()) {
+      wait_us_.fetch_add(now - counted, std::memory_order_relaxed);
+      waits_.fetch_add(waiting ? 0 : 1, std::memory_order_relaxed);
+      waiting = true;
+    }
+    counted = now;
   }
 }
 
@@ -131,6 +169,10 @@ bool Worker::has_work(int32_t index) const {
          memory_.record(lane.sweep).cancelled.load(std::memory_order_acquire) != 0;
 }
 
+bool Worker::in_sweep() const {
+  return std::any_of(std::begin(lanes_), std::end(lanes_), [](const Lane& lane) { return lane.loaded; });
+}
+
 bool Worker::must_not_park() const {
   return std::any_of(std::begin(lanes_), std::end(lanes_), [this](const Lane& lane) {
     return lane.loaded && (memory_.record(lane.sweep).flags.load(std::memory_order_relaxed) & kDeviceRings) != 0;
@@ -143,6 +185,7 @@ void Worker::park() {
   header.worker_parked.store(1, std::memory_order_relaxed);
   std::atomic_thread_fence(std::memory_order_seq_cst);
   if (!stopping() && !has_work(0) && !has_work(1)) {
+    parks_.fetch_add(1, std::memory_order_relaxed);
     futex_wait(header.worker_bell, observed, -1);
   }
   header.worker_parked.store(0, std::memory_order_relaxed);
@@ -254,8 +297,7 @@ void Worker::attend(int32_t index) {
     }
     kv_bytes_.fetch_add(tokens * config_.layout.piece_bytes() / config_.layout.block_tokens, std::memory_order_relaxed);
     rows_.fetch_add(batch.rows, std::memory_order_relaxed);
-    const auto busy = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start);
-    busy_ns_.fetch_add(busy.count(), std::memory_order_relaxed);
+    count(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
   }
   ControlHeader& header = memory_.header();
   fence_stores();

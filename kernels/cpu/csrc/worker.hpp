@@ -1,6 +1,7 @@
 // The cpu_service's end of the data plane: one thread per session that serves sweeps until it is stopped or revoked.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <thread>
@@ -23,11 +24,20 @@ struct WorkerConfig {
   int32_t spin_us = 50;          // how long the worker spins for a doorbell before it parks
 };
 
+// Upper bounds of the buckets that a layer's attention is counted in; one more bucket takes the rest.
+inline constexpr std::array<int64_t, 12> kLayerBoundsUs = {50,   100,   200,   500,   1000,   2000,
+                                                           5000, 10000, 20000, 50000, 100000, 1000000};
+
 struct WorkerStats {
   uint64_t sweeps = 0;
   uint64_t rows = 0;  // rows times layers
   uint64_t kv_bytes_read = 0;
   uint64_t busy_ns = 0;
+  uint64_t waits = 0;                                        // for a doorbell, in the middle of a sweep
+  uint64_t wait_us = 0;                                      // what they took
+  uint64_t parks = 0;                                        // futex waits, in sweeps or between them
+  uint32_t backlog = 0;                                      // layers that have been rung for and are not done, now
+  std::array<uint64_t, kLayerBoundsUs.size() + 1> layers{};  // attended, by their time
 };
 
 // Trusts nothing that it reads from shared memory: a record is copied once, checked, and used from the copy, so that
@@ -68,6 +78,9 @@ class Worker {
   bool stopping() const;
   bool must_not_park() const;
   void park();
+  bool in_sweep() const;
+  uint32_t backlog() const;
+  void count(int64_t busy_ns);
   void fail(WorkerError error, uint32_t sweep);
 
   StepMemory memory_;
@@ -83,6 +96,10 @@ class Worker {
   std::atomic<uint64_t> rows_{0};
   std::atomic<uint64_t> kv_bytes_{0};
   std::atomic<uint64_t> busy_ns_{0};
+  std::atomic<uint64_t> waits_{0};
+  std::atomic<uint64_t> wait_us_{0};
+  std::atomic<uint64_t> parks_{0};
+  std::array<std::atomic<uint64_t>, kLayerBoundsUs.size() + 1> layers_{};
 };
 
 }  // namespace neo

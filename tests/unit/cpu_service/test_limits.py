@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -113,3 +114,6 @@ def test_more_threads_than_cpus_is_refused() -> None:
 
 def test_epoch_counters_add_up() -> None:
     assert EpochStats(1, 2, 3, 0.5) + EpochStats(1, 1, 1, 0.25) == EpochStats(2, 3, 4, 0.75)
+    one = replace(EpochStats(backlog=2), layers=(1, *EpochStats().layers[1:]))
+    assert (one + one).layers[:2] == (2, 0)
+    assert one.ended() == replace(one, backlog=0)

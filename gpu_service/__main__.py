@@ -49,7 +49,7 @@ class GpuService:
         self._tokenizer = load_tokenizer(config.model)
         self._name = config.served_model_name or _model_name(config.model)
         self._engine = EngineClient(config)
-        self._metrics = FrontendMetrics(self._name)
+        self._metrics = FrontendMetrics(self._name, self._spec.max_context_tokens)
         self._dispatcher = Dispatcher(self._engine, self._tokenizer, self._metrics)
         self._inference = InferenceServicer(
             self._spec, self._tokenizer, self._dispatcher, self._metrics
@@ -140,6 +140,7 @@ class GpuService:
         return 0
 
     async def _ready(self, ready: Ready) -> None:
+        self._metrics.engine.ready(ready, self._config)
         self._info.device = ready.device
         self._info.device_name = ready.device_name
         self._info.dtype = ready.dtype

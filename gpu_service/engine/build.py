@@ -137,6 +137,10 @@ def assemble(
         device_name=device_name(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         offload_transport=config.offload_transport if host.blocks else "",
+        gpu_block_bytes=layout_of(geometry, model.dtype).pool_bytes(1),
+        host_block_bytes=(
+            host_shape(config, spec, model.dtype).layout.pool_bytes(1) if host.blocks else 0
+        ),
     )
     guides = Guides(lambda: load_tokenizer(config.model), spec.vocab_size)
     core = EngineCore(scheduler, runner, host, spec.vocab_size, guides=guides)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from gpu_service.engine.counters import WorkCounters
 from gpu_service.engine.messages import Abort, Command, Load, Output, Shutdown, Submit, TierLoad
 from gpu_service.engine.statistics import IterationStatistics
 from gpu_service.model.sampling import SamplingRow
@@ -103,6 +104,7 @@ class EngineCore:
         self._guides = guides
         self._sampling = SamplingRows(scheduler.state.running_by_key, guides)
         self._statistics = IterationStatistics()
+        self._work = WorkCounters()
         self._tokens = dict.fromkeys(Tier, 0)
         self._stopping = False
         self._last_load: Load | None = None
@@ -186,12 +188,16 @@ class EngineCore:
             self.scheduler.observe_host_sweep(1e3 * (now - started), plan.mode)
         self.scheduler.update(plan, result, now)
         self._statistics.observe(now - started, len(result.tokens))
+        self._work.count(plan, result, now - started)
         if self.observe is not None:
             self.observe(plan, result, now - started)
 
     def _output(self) -> Output | None:
         news, load = self.scheduler.take_news(), self._load()
-        if not news and load == self._last_load:
+        idle = self._flight is None and not self.made_progress
+        recomputed = self.scheduler.state.recomputed_tokens
+        counters = self._work.report(self._clock(), recomputed, idle=idle)
+        if not news and load == self._last_load and counters is None:
             return None
         self._last_load = load
         return Output(
@@ -200,6 +206,7 @@ class EngineCore:
             usages=news.usages,
             refusals=news.refusals,
             load=load,
+            counters=counters,
         )
 
     def _load(self) -> Load:

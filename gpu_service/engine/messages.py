@@ -141,6 +141,42 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens_per_second: float
 
 
+ITERATION_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the buckets of `EngineCounters.iteration_sizes`, which has one more."""
+
+
+class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine core has done since it started; only ever grows. Modes are `gpu_only` (the
+    host tier has no part) and those of gpu_service.scheduling.plan."""
+
+    iterations: dict[str, int]
+    """By mode."""
+    seconds: dict[str, float]
+    """By mode: what the iterations took."""
+    prefill_tokens: dict[str, int]
+    """Prompt tokens computed, by the tier that their KV went to."""
+    decode_rows: dict[str, int]
+    """`gpu`; `host`: attended by the cpu_service; `streamed`: on the host tier, attended by the
+    device."""
+    moved_tokens: dict[str, int]
+    """KV copied by `demote` and by `promote`."""
+    moved_blocks: dict[str, int]
+    recomputed_tokens: int
+    """Whose KV was thrown away and has to be computed again."""
+    void_rows: int
+    """Rows that were repeated, since the host tier stalled or memory ran out."""
+    host_wait_seconds: float
+    """The engine waited for the host tier."""
+    device_wait_seconds: float
+    """The engine waited for the device."""
+    device_busy_seconds: float
+    """As the device timed it; else what iterations took, without waits for the host tier."""
+    iteration_sizes: list[int]
+    """Iterations by their rows in the dense layers."""
+    iteration_tokens: int
+    """Sum of these rows."""
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The core has loaded its model and can take requests."""
 
@@ -155,6 +191,9 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Of weights and activations, such as "bfloat16"."""
     offload_transport: str
     """"" without a host tier."""
+    gpu_block_bytes: int
+    host_block_bytes: int
+    """0 without a host tier."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -184,6 +223,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     usages: list[RequestUsage] = []
     refusals: list[Refusal] = []
     load: Load | None = None
+    counters: EngineCounters | None = None
+    """A few times a second at most."""
 
 
 Event = Ready | Progress | Failed | Output

@@ -232,7 +232,9 @@ class Dispatcher:
         if output.load is not None:
             self.load = output.load
             self.snapshots += 1
-            self._metrics.observe_load(output.load)
+            self._metrics.engine.load = output.load
+        if output.counters is not None:
+            self._metrics.engine.counters = output.counters
         for logprobs in output.prompt_logprobs:
             if live := self._live.get(logprobs.request_id):
                 live.take_prompt_logprobs(logprobs)

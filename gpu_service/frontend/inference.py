@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from gpu_service.frontend import validate
-from gpu_service.frontend.dispatch import Dispatcher, LiveRequest
+from gpu_service.frontend.dispatch import Dispatcher
 from gpu_service.frontend.metrics import FrontendMetrics
+from gpu_service.frontend.observed import count_errors, observe
 from gpu_service.frontend.structured import grammar_of
 from gpu_service.frontend.validate import ServedModel, invalid
 from gpu_service.model.structured import GrammarChecker
@@ -59,24 +60,26 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        model, arrival = self.served(), time.monotonic()
-        parsed = await validate.parse_request(
-            request,
-            model,
-            self._tokenizer,
-            now=arrival,
-            seconds_left=context.time_remaining(),
-            grammar=await grammar_of(request.sampling, self._grammars),
-        )
-        identity = parsed.submit.request_id
-        async with self._dispatcher.open(parsed) as live:
-            async for update in self._observed(live, arrival):
-                yield pb.GenerateStreamResponse(
-                    request_id=identity,
-                    deltas=update.choices,
-                    usage=update.usage,
-                    prompt_logprobs=update.prompt_logprobs,
-                )
+        with count_errors(self._metrics):
+            parsed = await validate.parse_request(
+                request,
+                self.served(),
+                self._tokenizer,
+                now=time.monotonic(),
+                seconds_left=context.time_remaining(),
+                grammar=await grammar_of(request.sampling, self._grammars),
+            )
+            submit = parsed.submit
+            with observe(self._metrics, submit) as observed:
+                async with self._dispatcher.open(parsed) as live:
+                    async for update in live:
+                        observed.take_in(update)
+                        yield pb.GenerateStreamResponse(
+                            request_id=submit.request_id,
+                            deltas=update.choices,
+                            usage=update.usage,
+                            prompt_logprobs=update.prompt_logprobs,
+                        )
 
     async def Abort(self, request: pb.AbortRequest, context: Context) -> pb.AbortResponse:
         if not request.request_id:
@@ -115,22 +118,6 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         text = self._tokenizer.decode(ids, skip_special_tokens=not request.include_special_tokens)
         pieces = [self._tokenizer.token_bytes(i) for i in ids] if request.token_bytes else ()
         return pb.DetokenizeResponse(text=text, token_bytes=pieces)
-
-    async def _observed(self, live: LiveRequest, arrival: float) -> AsyncIterator[Any]:
-        """The request's updates, with latencies noted on the way."""
-        metrics, last = self._metrics, arrival
-        async for update in live:
-            now, tokens = time.monotonic(), sum(len(c.token_ids) for c in update.choices)
-            if tokens and last == arrival:
-                metrics.ttft.observe(now - arrival)
-            elif tokens:
-                metrics.itl.observe((now - last) / tokens * len(update.choices))
-            if tokens:
-                metrics.output_tokens.inc(tokens)
-                last = now
-            yield update
-        metrics.prompt_tokens.inc(len(live.parsed.submit.prompt_token_ids))
-        metrics.e2e.observe(time.monotonic() - arrival)
 
     def served(self) -> ServedModel:
         """Raises ServiceError (NOT_READY) while the model is loading."""

@@ -24,7 +24,7 @@ def run_asymmetric(parts: EngineParts, batches: Sequence[DeviceBatch]) -> list[L
     """One pass over the layers with both sub-batches; the second has host rows alone."""
     assert len(batches) == 2
     assert batches[1].host_rows.start == 0, "only one sub-batch attends on the device"
-    host = HostLanes(parts.host, batches)
+    host = HostLanes(parts, batches)
     first, second = (_Lane(parts, batch, lane, host) for lane, batch in enumerate(batches))
     second.leave(0)
     first.leave(0)

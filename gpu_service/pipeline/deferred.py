@@ -117,6 +117,7 @@ class _Sweep:
     ) -> None:
         self._model = parts.model
         self._host = parts.host
+        self._clock = parts.host_wait
         self._batch = batch
         self._beside = starting
         """The cohort that is in the dense layers beside the sub-batch's own rows."""
@@ -163,7 +164,8 @@ class _Sweep:
         if not len(theirs):
             return theirs
         try:
-            self._host.wait(0, layer, theirs, back=1)
+            with self._clock:
+                self._host.wait(0, layer, theirs, back=1)
         except HostTierStalled:
             self._stall()
             return q.new_empty((0, *q.shape[1:]))

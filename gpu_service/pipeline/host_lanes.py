@@ -7,25 +7,27 @@ from collections.abc import Sequence
 
 import torch
 
-from gpu_service.offload.host_tier import HostRows, HostTier, HostTierStalled
+from gpu_service.offload.host_tier import HostRows, HostTierStalled
 from gpu_service.pipeline.batch import DeviceBatch
 from gpu_service.pipeline.cohorts import no_tables
+from gpu_service.pipeline.parts import EngineParts
 
 
 class HostLanes:
     """Lane i serves sub-batch i. No call raises `HostTierStalled`: a sweep has one end for all its
     lanes, so that a stall of one is a stall of all."""
 
-    def __init__(self, host: HostTier, batches: Sequence[DeviceBatch]) -> None:
+    def __init__(self, parts: EngineParts, batches: Sequence[DeviceBatch]) -> None:
         """Tells the host who will come, if anybody does."""
-        self._host = host
+        self._host = parts.host
+        self._clock = parts.host_wait
         self._batches = batches
         self.stalled = False
         if all(batch.host_tables is None for batch in batches):
             return
         tables = [batch.host_tables or no_tables() for batch in batches]
         try:
-            host.begin_sweep([HostRows(t.lengths, t.block_tables) for t in tables])
+            self._host.begin_sweep([HostRows(t.lengths, t.block_tables) for t in tables])
         except HostTierStalled:
             self.stalled = True
 
@@ -49,7 +51,8 @@ class HostLanes:
         if batch.host_tables is None or self.stalled:
             return
         try:
-            self._host.wait(lane, layer, out[batch.host_rows])
+            with self._clock:
+                self._host.wait(lane, layer, out[batch.host_rows])
         except HostTierStalled:
             self.stalled = True
 

@@ -20,7 +20,7 @@ from gpu_service.pipeline.parts import EngineParts, LaneOutcome
 def run_inline(parts: EngineParts, batch: DeviceBatch) -> LaneOutcome:
     """One pass over the layers."""
     model, rows = parts.model, DeviceRows(parts, batch)
-    host = HostLanes(parts.host, [batch])
+    host = HostLanes(parts, [batch])
     state = model.embed(batch.token_ids)
     out: torch.Tensor | None = None
     for layer in range(parts.geometry.layers):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
 
 import torch
 
@@ -11,6 +13,30 @@ from gpu_service.pipeline.device_kv import AttentionGeometry, DeviceKv
 from gpu_service.pipeline.model import DenseModel
 from gpu_service.pipeline.streamed import Staging
 from gpu_service.scheduling.plan import Flight
+
+
+class Stopwatch:
+    """Adds up the time spent in its `with` blocks. One thread, not nested."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._started = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._seconds += time.perf_counter() - self._started
+
+    def take(self) -> float:
+        """Seconds since the last `take`."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 @dataclass(frozen=True)
@@ -23,6 +49,8 @@ class EngineParts:
     host: HostTier
     staging: Staging | None = None
     """None where sweeps have no streamed rows."""
+    host_wait: Stopwatch = field(default_factory=Stopwatch)
+    """Runs while a sweep waits for the host tier."""
 
 
 @dataclass(frozen=True)

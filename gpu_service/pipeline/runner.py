@@ -105,6 +105,7 @@ class PlanRunner:
             failed=failed,
             landed=sum((o.finished + o.grounded for o in outcomes), ()),
             prompt_logprobs=logprobs,
+            host_wait_seconds=self._parts.host_wait.take(),
         )
 
     def _run_lanes(

@@ -195,3 +195,5 @@ class SweepResult:
     """The device's time for the sweep, where it is known."""
     waited_seconds: float = 0.0
     """How long the engine's thread waited for the device."""
+    host_wait_seconds: float = 0.0
+    """How long it waited for the host tier; on a device that waits itself, 0."""

@@ -44,6 +44,8 @@ class SchedulerState:
         self.launched = 0
         """Number of the last sweep whose results may still come."""
         self.recomputations = 0
+        self.recomputed_tokens = 0
+        """Whose KV was thrown away."""
         self.migrations = dict.fromkeys(Tier, 0)
 
     # -- questions ---------------------------------------------------------------------------
@@ -171,6 +173,7 @@ class SchedulerState:
         if choice.computed:
             choice.request.recomputations += 1
             self.recomputations += 1
+            self.recomputed_tokens += choice.computed
         choice.computed = choice.pending = 0
         choice.forgotten = self.launched
         choice.state = ChoiceState.WAITING

@@ -33,6 +33,10 @@ class Reason(enum.StrEnum):
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     QUEUE_FULL = "QUEUE_FULL"
     OVERLOADED = "OVERLOADED"
+    RATE_LIMITED = "RATE_LIMITED"
+    """The tenant has used up its tokens or requests per minute."""
+    WAIT_TOO_LONG = "WAIT_TOO_LONG"
+    """It would wait in the router beyond its deadline, or has waited as long as any may."""
     OUT_OF_MEMORY = "OUT_OF_MEMORY"
     """An allocation failed while the request ran; it may succeed when tried again."""
     DRAINING = "DRAINING"
@@ -73,6 +77,8 @@ _STATUS = {
     Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.QUEUE_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.RATE_LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.WAIT_TOO_LONG: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.OUT_OF_MEMORY: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
     Reason.NOT_READY: grpc.StatusCode.UNAVAILABLE,

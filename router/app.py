@@ -16,6 +16,8 @@ from neo_common.grpc.server import ServiceServer
 from neo_common.grpc.settings import admin_address
 from protos.neo.v1 import router_pb2, router_pb2_grpc
 from router import compat
+from router.admission.gate import Admission
+from router.admission.metrics import AdmissionMetrics
 from router.backend import Backend
 from router.chooser import Chooser
 from router.config import RouterConfig
@@ -55,6 +57,9 @@ class Router:
                 config.default_model,
             ),
         )
+        self.admission = Admission(
+            config.tenants, self.registry.room, AdmissionMetrics(self.collector)
+        )
         self.server = ServiceServer(
             config.listen,
             [SERVICE, *compat.SERVICES],
@@ -76,6 +81,7 @@ class Router:
                 abort_seconds=config.abort_seconds,
                 retry_after_seconds=config.retry_after_seconds,
             ),
+            self.admission,
         )
         compatible = compat.handlers(forwarder, self.registry.usable, self.server.guard.admitted)
         self.server.grpc.add_generic_rpc_handlers((forwarder.handler(), *compatible))
@@ -110,6 +116,8 @@ class Router:
         """Listen and watch the backends; returns the address. Raises ValueError."""
         address = await self.server.start()
         self.registry.on_change(self._news.set)
+        if self.admission.on:
+            self.registry.on_change(self.admission.turn)
         self.registry.start()
         self._health = asyncio.create_task(self._follow_backends(), name="health")
         log.info("listening on %s, backends %s", address, ", ".join(self.config.backends))

@@ -22,6 +22,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from neo_common.errors import Reason, ServiceError
 from protos.neo.v1 import inference_pb2
+from router.admission.calls import admitted
+from router.admission.gate import Admission
 from router.backend import Backend
 from router.keys import CallKeys, keys_of
 from router.limits import Gate
@@ -61,6 +63,7 @@ class Forwarder:
         gate: Gate,
         metrics: RouterMetrics,
         limits: RelayLimits,
+        admission: Admission,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -68,6 +71,7 @@ class Forwarder:
         self._gate = gate
         self._metrics = metrics
         self._limits = limits
+        self._admission = admission
         self._clock = clock
         self._budget = RetryBudget(limits.retry_ratio)
 
@@ -125,15 +129,24 @@ class Forwarder:
     ) -> Failure | None:
         """Make the call on a backend, or several in turn. Returns how the backend refused it, None
         when it ended well; raises ServiceError for what is the router's own to say."""
-        with self._gate.enter(), self._metrics.measure(path) as measured, self._budgeted():
+        with self._gate.enter(), self._metrics.measure(path) as measured:
 
-            async def pass_on(message: bytes) -> None:
-                measured.message()
-                await send(message)
+            async def attempts(send: Send) -> Failure | None:
+                return await self._attempts(path, request, context, send, measured)
 
-            keys = keys_of(path, request, context.invocation_metadata())
-            tried: list[str] = []
-            failure: Failure | None = None
+            return await admitted(self._admission, path, request, context, send, attempts)
+
+    async def _attempts(
+        self, path: str, request: bytes, context: Context, send: Send, measured: Measured
+    ) -> Failure | None:
+        async def pass_on(message: bytes) -> None:
+            measured.message()
+            await send(message)
+
+        keys = keys_of(path, request, context.invocation_metadata())
+        tried: list[str] = []
+        failure: Failure | None = None
+        with self._budgeted():
             while backend := await self._next(keys, tried, failure, measured):
                 tried.append(backend.address)
                 with self._attempt(backend, path, request, context) as attempt:
@@ -146,8 +159,8 @@ class Forwarder:
                     return None
                 if answered:
                     break
-            measured.code = failure.code.name if failure else "UNAVAILABLE"
-            return self._told(failure)
+        measured.code = failure.code.name if failure else "UNAVAILABLE"
+        return self._told(failure)
 
     @contextlib.contextmanager
     def _budgeted(self) -> Iterator[None]:

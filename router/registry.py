@@ -133,6 +133,21 @@ class Registry:
         address = self._chooser.choose(served, keys, tried, with_room=with_room)
         return None if address is None else self._backends[address]
 
+    def room(self, waiting: int) -> float:
+        """How many calls more the backends would take if each may have `waiting` in its queue;
+        infinite when none is usable, which is for `choose` to say."""
+        now = self._clock()
+        views = (backend.view(now) for backend in self._backends.values())
+        loads = [
+            (v.load, v.unseen) for v in views if v.state in (BackendState.UP, BackendState.SUSPECT)
+        ]
+        if not loads:
+            return float("inf")
+        return sum(
+            max(0, waiting - unseen - (load.waiting_requests if load else 0))
+            for load, unseen in loads
+        )
+
     def reachable(self) -> list[Backend]:
         """Backends that may hold live requests."""
         now = self._clock()

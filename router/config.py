@@ -31,8 +31,8 @@ class RouterConfig(ListenSettings, PeerSettings):
     max_calls: int = 4096
     """Calls held at once; more are refused with RESOURCE_EXHAUSTED."""
     tenants: str = ""
-    """YAML file with limits and shares of tenants, see below; read again when it changes. Empty:
-    calls do not wait in the router."""
+    """YAML file with limits and shares of tenants, see docs/operations.md; read again when it
+    changes. Empty: calls do not wait in the router."""
     max_attempts: int = 3
     """Backends tried for one call while no message of its answer has come."""
     retry_ratio: float = 0.2

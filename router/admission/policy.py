@@ -97,9 +97,11 @@ class SharedLimits:
     max_wait_seconds: float = 30.0
     """A request that would wait longer, or has, is refused."""
     high_weight: float = 16.0
-    """Shares of the classes while several wait."""
+    """Share of the class `high` while several classes wait."""
     normal_weight: float = 4.0
+    """The same for `normal`."""
     low_weight: float = 1.0
+    """The same for `low`."""
     default_output_tokens: int = 512
     """What a request without max_tokens is counted for."""
     bytes_per_token: float = 4.0

@@ -43,6 +43,9 @@ class CpuServiceConfig(ListenSettings):
     CPU. -1 means 1000, or 20 where fewer than four cores are allowed."""
     drain_grace_seconds: float = 35.0
     """How long SIGTERM waits for sessions to close; a little longer than the gpu_service's own."""
+    machine_report: str = ""
+    """File that `neo doctor --write` made of this machine, to publish (GetMachine, metrics); empty:
+    what this process sees, of which nothing is measured."""
     metrics_port: int = 0
     """Prometheus endpoint on this port; 0 means none."""
     log_level: str = "info"

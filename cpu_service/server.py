@@ -14,10 +14,12 @@ from cpu_service.metrics import SessionCollector
 from cpu_service.service import CpuAttentionServicer
 from cpu_service.sessions import SessionTable
 from neo_common.grpc.server import ServiceServer
+from neo_common.machine.report import MachineCollector, MachineServicer, load
 from neo_common.metrics import endpoint, service_registry
 from neo_common.shm.handoff import HandoffServer
 from protos.neo.v1 import cpu_attention_pb2 as pb
 from protos.neo.v1 import cpu_attention_pb2_grpc as pb_grpc
+from protos.neo.v1 import machine_pb2, machine_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
@@ -31,21 +33,27 @@ def _version() -> str:
 
 async def serve(config: CpuServiceConfig) -> None:
     """Until SIGTERM or SIGINT and the drain after it. Raises ValueError when it cannot start."""
+    machine = load(config.machine_report)
     plan = plan_threads(config)
     handoff = HandoffServer(Path(config.runtime_dir))
     handoff.start()
     try:
         table = SessionTable(config, handoff, plan)
-        service = pb.DESCRIPTOR.services_by_name["CpuAttentionService"]
+        services = [
+            pb.DESCRIPTOR.services_by_name["CpuAttentionService"],
+            machine_pb2.DESCRIPTOR.services_by_name["MachineService"],
+        ]
         # Attend streams last as long as their engine; `table.drain` is what waits for them.
         server = ServiceServer(
-            config.listen, [service], counted=lambda method: False, settings=config
+            config.listen, services, counted=lambda method: False, settings=config
         )
         servicer = CpuAttentionServicer(table, plan, _version(), config.numa_node)
         add = pb_grpc.add_CpuAttentionServiceServicer_to_server
         add(servicer, server.grpc)  # type: ignore[no-untyped-call]
         registry = service_registry("cpu_service")
+        machine_pb2_grpc.add_MachineServiceServicer_to_server(MachineServicer(machine), server.grpc)
         registry.register(SessionCollector(table))
+        registry.register(MachineCollector(machine))
         with endpoint(registry, config.metrics_port):
             address = await server.start()
             await server.set_serving(True)

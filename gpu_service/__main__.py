@@ -31,8 +31,16 @@ from neo_common import metrics as neo_metrics
 from neo_common.config import dump, fail, load_or_exit
 from neo_common.grpc.server import ServiceServer
 from neo_common.grpc.settings import admin_address
+from neo_common.machine.report import MachineCollector, MachineServicer, load
 from neo_common.version import version
-from protos.neo.v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
+from protos.neo.v1 import (
+    engine_pb2,
+    engine_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    machine_pb2,
+    machine_pb2_grpc,
+)
 
 PROG = "gpu_service"
 EXIT_ENGINE_LOST = 1
@@ -45,11 +53,13 @@ class GpuService:
 
     def __init__(self, config: GpuServiceConfig) -> None:
         self._config = config
+        self._machine = load(config.machine_report)
         self._spec = read_spec(config.model)
         self._tokenizer = load_tokenizer(config.model)
         self._name = config.served_model_name or _model_name(config.model)
         self._engine = EngineClient(config)
         self._metrics = FrontendMetrics(self._name, self._spec.max_context_tokens)
+        self._metrics.registry.register(MachineCollector(self._machine))
         self._dispatcher = Dispatcher(self._engine, self._tokenizer, self._metrics)
         self._inference = InferenceServicer(
             self._spec, self._tokenizer, self._dispatcher, self._metrics
@@ -64,14 +74,15 @@ class GpuService:
         )
         inference = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
         engine = engine_pb2.DESCRIPTOR.services_by_name["EngineService"]
+        machine = machine_pb2.DESCRIPTOR.services_by_name["MachineService"]
         generating = {f"/{inference.full_name}/{name}" for name in ("Generate", "GenerateStream")}
         generating.update(compat.GENERATING)
         self._server = ServiceServer(
             config.listen,
-            [inference, engine, *compat.SERVICES],
+            [inference, engine, machine, *compat.SERVICES],
             counted=generating.__contains__,
             settings=config,
-            operators=(admin_address(config.listen, config.admin_listen), [engine]),
+            operators=(admin_address(config.listen, config.admin_listen), [engine, machine]),
         )
         self._operator = EngineServicer(
             self._dispatcher, self._info, self._begin_drain, config.max_waiting_requests
@@ -89,6 +100,9 @@ class GpuService:
         )
         for server in {self._server.grpc, self._server.admin}:
             engine_pb2_grpc.add_EngineServiceServicer_to_server(self._operator, server)
+            machine_pb2_grpc.add_MachineServiceServicer_to_server(
+                MachineServicer(self._machine), server
+            )
         compat.add_compatible_services(
             self._server,
             self._inference,

@@ -88,6 +88,9 @@ class GpuServiceConfig(ListenSettings, PeerSettings):
     stall_seconds: float = 120.0
     """Health calls this process dead (`liveness`) when its engine has requests and finishes no
     iteration for that long beyond `lease_seconds`; 0 means never."""
+    machine_report: str = ""
+    """File that `neo doctor --write` made of this machine, to publish (GetMachine, metrics); empty:
+    what this process sees, of which nothing is measured."""
     metrics_port: int = 0
     """Prometheus endpoint on this port; 0 means none."""
     log_level: str = "info"

@@ -28,10 +28,17 @@ OPEN = frozenset(
     }
 )
 """Health, in the words of each protocol: for anybody."""
-OPERATOR = frozenset({"/neo.v1.EngineService/Drain", "/neo.v1.EngineService/GetInfo"})
+OPERATOR = frozenset(
+    {
+        "/neo.v1.EngineService/Drain",
+        "/neo.v1.EngineService/GetInfo",
+        "/neo.v1.MachineService/GetMachine",
+    }
+)
 """Not for everybody who can reach a port that routers must reach."""
 _NEEDS = (
     ("/neo.v1.EngineService/", frozenset({Role.SERVICE, Role.ADMIN})),
+    ("/neo.v1.MachineService/", frozenset({Role.SERVICE, Role.ADMIN})),
     ("/neo.v1.RouterService/", frozenset({Role.ADMIN})),
     ("/neo.v1.CpuAttentionService/", frozenset({Role.SERVICE})),
 )

@@ -16,7 +16,14 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from neo_common.errors import ErrorDetails
-from protos.neo.v1 import engine_pb2, engine_pb2_grpc, inference_pb2_grpc, types_pb2
+from protos.neo.v1 import (
+    engine_pb2,
+    engine_pb2_grpc,
+    inference_pb2_grpc,
+    machine_pb2,
+    machine_pb2_grpc,
+    types_pb2,
+)
 from protos.neo.v1 import inference_pb2 as pb
 from tests.support.load import assert_idle_and_whole, watch_load
 from tests.support.stack import Service, free_port, stack_model
@@ -255,7 +262,7 @@ async def test_every_other_rpc_refuses_bad_input(inference: Any, engine: Any) ->
     "method",
     [
         f"/{service.full_name}/{method.name}"
-        for file in (pb.DESCRIPTOR, engine_pb2.DESCRIPTOR)
+        for file in (pb.DESCRIPTOR, engine_pb2.DESCRIPTOR, machine_pb2.DESCRIPTOR)
         for service in file.services_by_name.values()
         for method in service.methods
     ],
@@ -284,6 +291,13 @@ async def test_load_and_info(engine: Any) -> None:
     )
     assert "gpu_kv_blocks: 64" in info.config
     assert info.instance_id == first.load.instance_id
+
+
+async def test_machine(channel: grpc.aio.Channel) -> None:
+    stub: Any = machine_pb2_grpc.MachineServiceStub(channel)
+    machine = (await stub.GetMachine(machine_pb2.GetMachineRequest())).machine
+    assert machine.available_bytes > 0
+    assert list(machine.allowed_cpus)
 
 
 async def test_the_front_end_has_no_torch(service: Service) -> None:

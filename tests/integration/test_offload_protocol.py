@@ -9,13 +9,16 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from google.protobuf import json_format
 
 from kernels.cpu import LAYOUT_VERSION
+from neo_client import cli
 from neo_common.errors import ErrorDetails
 from neo_common.shm.handoff import HandoffRefused, fetch
 from neo_common.shm.memory import boot_id
 from protos.neo.v1 import cpu_attention_pb2 as pb
 from protos.neo.v1 import cpu_attention_pb2_grpc as pb_grpc
+from protos.neo.v1 import machine_pb2
 from tests.support.offload import cpu_service
 from tests.support.stack import Service
 
@@ -155,6 +158,15 @@ def test_capabilities(stub: pb_grpc.CpuAttentionServiceStub) -> None:
     assert set(answer.transports) == {pb.TRANSPORT_SHM, pb.TRANSPORT_GRPC}
     assert answer.isa in answer.isas
     assert answer.pool_bytes_available > 0
+
+
+def test_the_doctor_asks_for_the_machine(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", "--ask", "--address", service.address]) == 0
+    machine = json_format.Parse(capsys.readouterr().out, machine_pb2.MachineReport())
+    assert machine.memory_bytes >= machine.available_bytes > 0
+    assert list(machine.allowed_cpus)
 
 
 def first_opened(

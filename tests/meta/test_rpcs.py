@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from protos.compat import kserve_pb2, vllm_engine_pb2
-from protos.neo.v1 import cpu_attention_pb2, engine_pb2, inference_pb2, router_pb2
+from protos.neo.v1 import (
+    cpu_attention_pb2,
+    engine_pb2,
+    inference_pb2,
+    machine_pb2,
+    router_pb2,
+)
 
 REPO = Path(__file__).resolve().parents[2]
 GPU = "tests/integration/test_gpu_service.py"
@@ -50,6 +56,7 @@ TESTS: dict[str, tuple[str, str]] = {
     "CpuAttentionService.GetCapabilities": (
         f"{CPU}::test_capabilities", f"{CPU}::test_bytes_that_are_no_message_are_refused",
     ),
+    "MachineService.GetMachine": (f"{GPU}::test_machine", f"{GPU}::test_malformed_bytes"),
     "RouterService.ListBackends": (
         f"{ROUTER}::test_list_and_watch_backends", f"{ROUTER}::test_malformed_requests",
     ),
@@ -115,6 +122,7 @@ FILES = (
     inference_pb2,
     engine_pb2,
     cpu_attention_pb2,
+    machine_pb2,
     router_pb2,
     kserve_pb2,
     vllm_engine_pb2,

@@ -12,7 +12,14 @@ from typing import Any
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorProto, FileDescriptorSet
 
-from protos.neo.v1 import cpu_attention_pb2, engine_pb2, inference_pb2, router_pb2, types_pb2
+from protos.neo.v1 import (
+    cpu_attention_pb2,
+    engine_pb2,
+    inference_pb2,
+    machine_pb2,
+    router_pb2,
+    types_pb2,
+)
 
 RELEASED = Path(__file__).resolve().parents[1] / "meta/data/neo_v1.binpb"
 
@@ -23,7 +30,14 @@ Facts = dict[str, Any]
 def declared() -> FileDescriptorSet:
     """What the generated stubs say now."""
     found = FileDescriptorSet()
-    for module in (cpu_attention_pb2, engine_pb2, inference_pb2, router_pb2, types_pb2):
+    for module in (
+        cpu_attention_pb2,
+        engine_pb2,
+        inference_pb2,
+        machine_pb2,
+        router_pb2,
+        types_pb2,
+    ):
         module.DESCRIPTOR.CopyToProto(found.file.add())
     return found
 

@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fingerprint import fingerprint
 from benchmarks.host_tier import cpu_service
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.build import build_core
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import SamplingSpec, Submit
 from gpu_service.scheduling.plan import IterationPlan, SweepResult
+from neo_client.fingerprint import fingerprint
 from neo_client.workloads import Lengths, read_workload
 from neo_plan.catalog import model_folder
 

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.fingerprint import fingerprint
 from gpu_service.engine.build import geometry_of
 from gpu_service.model.model import CausalLM, load_model
 from gpu_service.model.tokenizer import load_tokenizer
 from kernels.cpu import DType, KvLayout, KvPool, ThreadPool, decode_attention
+from neo_client.fingerprint import fingerprint
 
 BLOCK_TOKENS = 16
 KV_DTYPES = {"bfloat16": DType.BFLOAT16, "int8": DType.INT8, "float32": DType.FLOAT32}

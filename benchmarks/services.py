@@ -24,8 +24,8 @@ import grpc
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from benchmarks.fingerprint import fingerprint
 from benchmarks.stack import one_stream, stack
+from neo_client.fingerprint import fingerprint
 from neo_client.workloads import Lengths, read_workload
 from neo_plan.catalog import model_folder
 from protos.neo.v1 import inference_pb2_grpc

@@ -21,11 +21,12 @@ from gpu_service.pipeline.cuda.shapes import shape_table
 from gpu_service.pipeline.device_kv import without_staging
 from gpu_service.scheduling.limits import OFFLOAD_POLICIES, SchedulerLimits
 from neo_client.workloads import read_workload
+from neo_client.workloads.arrivals import poisson
 from neo_plan.catalog import model_folder
 from neo_plan.simulator.figures import figures
 from neo_plan.simulator.machine import Machine
 from neo_plan.simulator.profile import read_profile
-from neo_plan.simulator.run import poisson, simulate
+from neo_plan.simulator.run import simulate
 
 HOST_ROWS = 16
 """Most host rows that start in a sweep, as in `gpu_service.pipeline.cuda.forward`, which imports

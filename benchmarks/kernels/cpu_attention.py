@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.fingerprint import fingerprint
 from kernels import cpu
 from kernels.cpu import DType, KvLayout, KvPool, ThreadPool
+from neo_client.fingerprint import fingerprint
 
 BLOCK_TOKENS = 16
 NAMES = {DType.BFLOAT16: "bf16", DType.FLOAT16: "fp16", DType.INT8: "int8"}

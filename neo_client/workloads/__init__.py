@@ -41,7 +41,12 @@ def _from_file(name: str, requests: int) -> list[Lengths]:
         path = Path(__file__).parent / f"{name}.json"
     if not path.exists():
         raise ValueError(f"workload {name!r} is neither INxOUT nor a file of lengths")
-    rows = json.loads(path.read_text())
-    if len(rows) < requests:
-        raise ValueError(f"workload {name!r} has {len(rows)} requests, not {requests}")
-    return [Lengths(*row) for row in rows[:requests]]
+    try:
+        found = [Lengths(*map(int, row)) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"workload {path.name}: not a list of [prompt, output]: {error}") from None
+    if any(min(each.prompt, each.output) < 1 for each in found):
+        raise ValueError(f"workload {path.name}: tokens must be at least 1")
+    if len(found) < requests:
+        raise ValueError(f"workload {name!r} has {len(found)} requests, not {requests}")
+    return found[:requests]

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -111,18 +110,6 @@ def simulate(
         recomputations=scheduler.state.recomputations,
         migrations=sum(scheduler.state.migrations.values()),
     )
-
-
-def poisson(count: int, rate: float, seed: int) -> list[float]:
-    """Arrival times of `count` requests at `rate` a second."""
-    if rate <= 0:
-        raise ValueError("rate must be positive")
-    draw = random.Random(seed)
-    times, now = [], 0.0
-    for _ in range(count):
-        now += draw.expovariate(rate)
-        times.append(now)
-    return times
 
 
 def _submit(number: int, lengths: Lengths, arrival: float) -> Submit:

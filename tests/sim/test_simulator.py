@@ -16,11 +16,12 @@ from benchmarks import simulate as command
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import DecodeRow, IterationPlan, Mode, PrefillRow, SubBatch, Tier
 from neo_client.workloads import Lengths, read_workload
+from neo_client.workloads.arrivals import poisson
 from neo_plan.simulator import machine as machine_module
 from neo_plan.simulator.figures import figures
 from neo_plan.simulator.machine import Machine, SweepTime
 from neo_plan.simulator.profile import PROFILES, Curve, Profile, read_profile
-from neo_plan.simulator.run import Trace, poisson, simulate
+from neo_plan.simulator.run import Trace, simulate
 from tests.support.fake_model import limits
 from tests.support.mutants import mutated
 

@@ -1,0 +1,1 @@
+"""The load generator behind `neo bench`. No torch."""

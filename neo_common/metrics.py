@@ -6,9 +6,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Info, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Info, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.utils import floatToGoString
 
+from neo_common.pages import Page, serve_pages
 from neo_common.version import version
 
 
@@ -26,21 +29,22 @@ def endpoint(registry: CollectorRegistry, port: int, address: str = "0.0.0.0") -
     """Serve `registry` at http://address:port/metrics while the context is open; 0 serves nothing.
 
     Raises ValueError when the port cannot be used."""
-    if port == 0:
+    routes = {"/metrics": lambda accept: expose(registry, accept)}
+    with serve_pages(routes, port, setting="metrics_port", address=address):
         yield
-        return
-    try:
-        server, thread = start_http_server(port, addr=address, registry=registry)
-    except OverflowError as error:
-        raise ValueError(f"metrics_port must be at most 65535, not {port}") from error
-    except OSError as error:
-        raise ValueError(f"metrics_port {port} cannot be used: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
+
+
+def expose(registry: CollectorRegistry, accept: str) -> Page:
+    """The registry's page, as OpenMetrics (which alone has exemplars) where that is accepted.
+
+    Not prometheus_client's own server: its OpenMetrics turns the colon of vLLM's names into an
+    underscore."""
+    if "application/openmetrics-text" in accept:
+        text = openmetrics.generate_latest(  # type: ignore[no-untyped-call]
+            registry, escaping=openmetrics.ALLOWUTF8
+        )
+        return Page("application/openmetrics-text; version=1.0.0; charset=utf-8", text)
+    return Page(CONTENT_TYPE_PLAIN_0_0_4, generate_latest(registry))
 
 
 def cumulative(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, int]]:

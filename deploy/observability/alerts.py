@@ -76,9 +76,8 @@ ALERTS = (
     ),
     Alert(
         "NeoEngineStuck",
-        "(sum by (job, instance, model_name) (rate(neo_iterations_total[2m])) + 0 * "
-        "sum by (job, instance, model_name) (vllm:num_requests_running)) and "
-        "sum by (job, instance, model_name) (vllm:num_requests_running) > 0",
+        "(sum by (job, instance, model_name) (rate(neo_iterations_total[2m])) and "
+        "sum by (job, instance, model_name) (vllm:num_requests_running) > 0)",
         "== 0", 2, "page",
         "Engine {{ $labels.instance }} has running requests and does no sweeps.",
         silent="empty while nothing runs",
@@ -93,8 +92,7 @@ ALERTS = (
     ),
     Alert(
         "NeoErrors",
-        f'(sum by (model_name) (rate(neo_request_errors_total{{reason=~"{OURS}"}}[5m])) or '
-        "sum by (model_name) (0 * rate(vllm:request_success_total[5m]))) / "
+        f'sum by (model_name) (rate(neo_request_errors_total{{reason=~"{OURS}"}}[5m])) / '
         "sum by (model_name) (rate(vllm:request_success_total[5m]))",
         "> 0.01", 5, "page",
         "{{ $value | humanizePercentage }} of the requests for {{ $labels.model_name }} fail.",
@@ -104,7 +102,6 @@ ALERTS = (
         'sum by (model_name) (rate(neo_request_errors_total{reason=~"QUEUE_FULL|OVERLOADED"}[5m]))',
         "> 0", 5, "ticket",
         "Requests for {{ $labels.model_name }} are refused: the queue is full.",
-        silent="a reason has a series from its first error on",
     ),
     Alert(
         "NeoSlowFirstToken", _quantile(0.95, "vllm:time_to_first_token_seconds"), "> 10", 10,

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from gpu_service.frontend.engine_metrics import EngineCollector
+from neo_common.errors import Reason
 from neo_common.metrics import service_registry
 
 FIRST_TOKEN_SECONDS = (
@@ -60,7 +61,6 @@ class FrontendMetrics:
     `Observed`."""
 
     def __init__(self, model_name: str, max_context_tokens: int = 4096) -> None:
-        self.model_name = model_name
         self.registry = service_registry("gpu_service")
         self.engine = EngineCollector(model_name)
         self.registry.register(self.engine)
@@ -72,10 +72,12 @@ class FrontendMetrics:
         self.finished = make.counters(
             "vllm:request_success", "Choices that ended, by why.", "finished_reason", FINISHED
         )
-        self.errors = Counter(
+        errors = Counter(
             "neo_request_errors", "Requests that ended with an error, by its reason.",
             ["model_name", "reason"], registry=self.registry,
         )  # fmt: skip
+        # All from the start: Prometheus sees no rate in a series that begins with its first error.
+        self.errors = {reason: errors.labels(model_name, reason) for reason in Reason}
 
     def _make_latencies(self, make: _Maker) -> None:
         self.ttft = make.histogram(

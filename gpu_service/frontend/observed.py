@@ -112,5 +112,5 @@ def count_errors(metrics: FrontendMetrics) -> Iterator[None]:
     try:
         yield
     except ServiceError as error:
-        metrics.errors.labels(metrics.model_name, error.reason).inc()
+        metrics.errors[error.reason].inc()
         raise

@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import grpc
 import yaml
@@ -121,8 +122,15 @@ class Stack:
 
 
 @contextmanager
-def running_stack(directory: Path, model: str | Path, **gpu_config: object) -> Iterator[Stack]:
-    """Start all three, wait until they serve, stop them at the end; `gpu_config` overrides.
+def running_stack(
+    directory: Path,
+    model: str | Path,
+    *,
+    more: Mapping[str, Mapping[str, object]] = MappingProxyType({}),
+    **gpu_config: object,
+) -> Iterator[Stack]:
+    """Start all three, wait until they serve, stop them at the end; `gpu_config` overrides. `more`:
+    further settings by service.
 
     The runtime directory is short-lived and private, as in a pod's shared emptyDir.
     """
@@ -151,6 +159,8 @@ def running_stack(directory: Path, model: str | Path, **gpu_config: object) -> I
         config={"listen": addresses[2], "backends": [addresses[1]]},
     )
     stack = Stack(cpu, gpu, router)
+    for service in stack.services:
+        service.config.update(more.get(service.name, {}))
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         for service in stack.services:

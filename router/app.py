@@ -22,6 +22,7 @@ from router.backend import Backend
 from router.chooser import Chooser
 from router.config import RouterConfig
 from router.forward import SERVICE, Forwarder, RelayLimits
+from router.http import http_listener
 from router.limits import Gate
 from router.load import WatchTiming
 from router.metrics import RouterMetrics
@@ -88,6 +89,11 @@ class Router:
         router_pb2_grpc.add_RouterServiceServicer_to_server(
             RouterServicer(self.registry, DRAIN_CALL_SECONDS), self.server.admin
         )
+        self.http = None
+        if config.http_listen:
+            self.http = http_listener(
+                config, forwarder, self.registry.usable, self.server, self.collector
+            )
         self._news = asyncio.Event()
         self._health: asyncio.Task[None] | None = None
 
@@ -115,6 +121,8 @@ class Router:
     async def start(self) -> str:
         """Listen and watch the backends; returns the address. Raises ValueError."""
         address = await self.server.start()
+        if self.http is not None:
+            log.info("HTTP on %s", await self.http.start())
         self.registry.on_change(self._news.set)
         if self.admission.on:
             self.registry.on_change(self.admission.turn)
@@ -139,6 +147,8 @@ class Router:
     async def stop(self) -> bool:
         """Drain, then let go of everything; False when calls outlived the grace."""
         finished = await self.server.drain(self.config.drain_grace_seconds)
+        if self.http is not None:
+            await self.http.stop()
         if self._health is not None:
             self._health.cancel()
             await asyncio.gather(self._health, return_exceptions=True)

@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neo_common.grpc.settings import ListenSettings, PeerSettings
+from neo_http.settings import HttpSettings
 from router.policies import POLICIES
 
 
 @dataclass(frozen=True)
-class RouterConfig(ListenSettings, PeerSettings):
+class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
     """One router in front of some gpu_services."""
 
     listen: str = "127.0.0.1:7000"
@@ -84,6 +85,7 @@ class RouterConfig(ListenSettings, PeerSettings):
         """Raises ValueError naming the field."""
         self.validate_listener()
         self.validate_peers()
+        self.validate_http()
         if not self.backends:
             raise ValueError("backends must name at least one gpu_service, such as 127.0.0.1:7001")
         if len(set(self.backends)) < len(self.backends):

@@ -90,7 +90,7 @@ class Forwarder:
             if method.name == "Abort":
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(self._abort(path))
             elif method.name in LISTING:
-                methods[method.name] = grpc.unary_unary_rpc_method_handler(self._listed(path))
+                methods[method.name] = grpc.unary_unary_rpc_method_handler(self.listed(path))
             elif method.server_streaming:
                 methods[method.name] = grpc.unary_stream_rpc_method_handler(self._stream(path))
             else:
@@ -240,7 +240,7 @@ class Forwarder:
 
         return handle
 
-    def _listed(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    def listed(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """Messages of which all that matters is a repeated field: their bytes in a row are the
         message that holds the elements of all."""
 

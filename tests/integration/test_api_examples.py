@@ -32,7 +32,8 @@ def test_there_are_examples() -> None:
 def test_example(stack: Stack, where: str, code: str, tmp_path: Path) -> None:
     address = stack.gpu.address if where == "gpu" else stack.router.address
     script = tmp_path / "example.py"
-    script.write_text(code.replace("ADDRESS", repr(address)))
+    code = code.replace("HTTP_URL", repr(stack.http)).replace("ADDRESS", repr(address))
+    script.write_text(code)
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, cwd=REPO, timeout=120
     )

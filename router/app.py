@@ -122,7 +122,11 @@ class Router:
         """Listen and watch the backends; returns the address. Raises ValueError."""
         address = await self.server.start()
         if self.http is not None:
-            log.info("HTTP on %s", await self.http.start())
+            try:
+                log.info("HTTP on %s", await self.http.start())
+            except ValueError:
+                await self.server.stop()
+                raise
         self.registry.on_change(self._news.set)
         if self.admission.on:
             self.registry.on_change(self.admission.turn)

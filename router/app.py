@@ -23,6 +23,7 @@ from router.chooser import Chooser
 from router.config import RouterConfig
 from router.forward import SERVICE, Forwarder, RelayLimits
 from router.http import http_listener
+from router.joining import Pace
 from router.limits import Gate
 from router.load import WatchTiming
 from router.metrics import RouterMetrics
@@ -61,6 +62,7 @@ class Router:
         self.admission = Admission(
             config.tenants, self.registry.room, AdmissionMetrics(self.collector)
         )
+        self.pace = Pace(config.max_join_ms / 1e3)
         self.server = ServiceServer(
             config.listen,
             [SERVICE, *compat.SERVICES],
@@ -83,6 +85,7 @@ class Router:
                 retry_after_seconds=config.retry_after_seconds,
             ),
             self.admission,
+            self.pace,
         )
         compatible = compat.handlers(forwarder, self.registry.usable, self.server.guard.admitted)
         self.server.grpc.add_generic_rpc_handlers((forwarder.handler(), *compatible))
@@ -131,6 +134,7 @@ class Router:
         if self.admission.on:
             self.registry.on_change(self.admission.turn)
         self.registry.start()
+        self.pace.start()
         self._health = asyncio.create_task(self._follow_backends(), name="health")
         log.info("listening on %s, backends %s", address, ", ".join(self.config.backends))
         return address
@@ -157,6 +161,7 @@ class Router:
             self._health.cancel()
             await asyncio.gather(self._health, return_exceptions=True)
         await self.registry.close()
+        self.pace.stop()
         return finished
 
 

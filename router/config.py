@@ -34,6 +34,9 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
     tenants: str = ""
     """YAML file with limits and shares of tenants, see docs/operations.md; read again when it
     changes. Empty: calls do not wait in the router."""
+    max_join_ms: float = 40.0
+    """When the router is busy, messages of one answer leave together that come within a time which
+    grows up to this; 0: each leaves alone."""
     max_attempts: int = 3
     """Backends tried for one call while no message of its answer has come."""
     retry_ratio: float = 0.2

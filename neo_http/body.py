@@ -92,7 +92,9 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     guided_grammar: str | None = None
 
     # Ours
-    placement: Literal["auto", "gpu_only", "cpu_preferred"] | None = None
+    placement: Literal["auto", "gpu-only", "gpu_only", "cpu-preferred", "cpu_preferred"] | None = (
+        None
+    )
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     timeout_ms: float | None = None

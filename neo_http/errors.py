@@ -15,7 +15,7 @@ import grpc
 
 from neo_common.errors import ErrorDetails, Reason, ServiceError
 
-HTTP_STATUS = {
+_BY_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.FAILED_PRECONDITION: 400,
     grpc.StatusCode.OUT_OF_RANGE: 400,
@@ -31,7 +31,7 @@ HTTP_STATUS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 """Others, such as INTERNAL, are 500."""
-BY_REASON = {Reason.UNKNOWN_MODEL.value: 404, Reason.OUT_OF_MEMORY.value: 503}
+_BY_REASON = {Reason.UNKNOWN_MODEL.value: 404, Reason.OUT_OF_MEMORY.value: 503}
 """Where HTTP's clients expect another status than the gRPC code gives: OpenAI says 404 for a model
 that is not there, and 429 is about the caller's own rate."""
 
@@ -104,12 +104,17 @@ def problem_of(error: ServiceError | CallFailed) -> Problem:
         details = ErrorDetails(error)
         reason, retry_after = details.reason or error.code.name, details.retry_after
         field = details.fields[0] if details.fields else None
-    status = BY_REASON.get(reason, HTTP_STATUS.get(error.code, 500))
+    status = http_status(reason, error.code)
     param = None if field is None else param_of(field)
     message = error.message
     if field is not None and param is not None and message.startswith(field):
         message = param + message.removeprefix(field)
     return Problem(status, message, reason, param, retry_after)
+
+
+def http_status(reason: str, code: grpc.StatusCode) -> int:
+    """reason: "" where none was given."""
+    return _BY_REASON.get(reason, _BY_CODE.get(code, 500))
 
 
 def param_of(field: str) -> str:

@@ -17,8 +17,8 @@ SAME = (
 MAX_PRIORITY = 100
 _PLACEMENTS = {
     "auto": types.PLACEMENT_AUTO,
-    "gpu_only": types.PLACEMENT_GPU_ONLY,
-    "cpu_preferred": types.PLACEMENT_CPU_PREFERRED,
+    "gpu-only": types.PLACEMENT_GPU_ONLY,
+    "cpu-preferred": types.PLACEMENT_CPU_PREFERRED,
 }
 
 
@@ -47,7 +47,7 @@ def sampling(body: Body) -> types.SamplingParams:
 def scheduling(body: Body) -> types.SchedulingParams:
     params = types.SchedulingParams()
     if body.placement is not None:
-        params.placement = _PLACEMENTS[body.placement]
+        params.placement = _PLACEMENTS[body.placement.replace("_", "-")]
     if body.priority is not None:
         if abs(body.priority) > MAX_PRIORITY:
             raise invalid("priority", f"must be -{MAX_PRIORITY} to {MAX_PRIORITY}")

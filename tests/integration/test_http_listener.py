@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from neo_common.errors import Reason, ServiceError
-from neo_http.errors import BY_REASON, HTTP_STATUS
+from neo_http.errors import http_status
 from protos.neo.v1 import inference_pb2 as inference
 from tests.support.fake_backend import FakeBackend, fake_backends
 from tests.support.http import CHAT, COMPLETION, Http, events, http_front
@@ -41,7 +41,7 @@ async def test_every_reason_has_its_status(reason: Reason, stream: bool) -> None
     error = ServiceError(reason, "sampling.n is bad", field="sampling.n", retry_after=0.2)
     async with fake_backends(1, fail_with=error) as backends, http_front(backends) as http:
         reply = await http.post("/v1/completions", {**COMPLETION, "stream": stream})
-    assert reply.status == BY_REASON.get(reason.value, HTTP_STATUS.get(reason.status_code, 500))
+    assert reply.status == http_status(reason.value, reason.status_code)
     assert reply.error == {
         "message": "n is bad", "type": reply.error["type"], "param": "n", "code": reason.value,
     }  # fmt: skip

@@ -218,7 +218,7 @@ def test_vllms_extensions(client: openai.OpenAI) -> None:
 
 
 def test_placement_and_what_came_of_it(client: openai.OpenAI) -> None:
-    for placement, host in (("cpu_preferred", 12), ("gpu_only", 0)):
+    for placement, host in (("cpu-preferred", 12), ("gpu_only", 0)):
         answer = client.chat.completions.create(
             messages=MESSAGES, extra_body={"placement": placement}, **GREEDY
         )

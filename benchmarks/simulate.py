@@ -32,6 +32,9 @@ HOST_ROWS = 16
 """Most host rows that start in a sweep, as in `gpu_service.pipeline.cuda.forward`, which imports
 Triton."""
 
+CAPTURED = ("auto", "deferred")
+"""Modes whose host rows are in captured sweeps."""
+
 
 def open_machine(args: argparse.Namespace) -> Machine:
     """The profile, for the model that was asked for."""
@@ -42,16 +45,16 @@ def open_machine(args: argparse.Namespace) -> Machine:
         spec = read_spec(folder)
     max_running = min(args.max_running_requests, args.max_batch_tokens)
     table = shape_table(max_running, args.max_batch_tokens)
-    device_deals = args.offload_mode == "deferred"
+    device_deals = args.offload_mode in CAPTURED
     return Machine(profile, measured, spec, table, args.host_kv_dtype == "int8", device_deals)
 
 
 def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
     """As `gpu_service.engine.build` makes them on a CUDA device."""
-    streams = args.streamed_kv_blocks if args.offload_mode == "deferred" else 0
+    streams = args.streamed_kv_blocks if args.offload_mode in CAPTURED else 0
     gpu_blocks = without_staging(args.gpu_kv_blocks, streams, machine.spec.layers)
     largest = max(gpu_blocks, args.host_kv_blocks) * args.block_tokens
-    deferred = args.offload_mode == "deferred"
+    deferred = args.offload_mode in CAPTURED
     return SchedulerLimits(
         gpu_blocks=gpu_blocks,
         host_blocks=args.host_kv_blocks,
@@ -67,6 +70,8 @@ def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
         host_prefill=not deferred or streams > 0,
         staged_prompts=streams > 0,
         asymmetric=args.offload_mode == "asymmetric",
+        inline=False,
+        auto=args.offload_mode == "auto",
     )
 
 
@@ -95,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--host-kv-dtype", choices=("auto", "int8"), default="auto")
     made.add_argument("--offload", choices=OFFLOAD_POLICIES, default="auto")
     made.add_argument(
-        "--offload-mode", choices=("inline", "deferred", "asymmetric"), default="inline"
+        "--offload-mode", choices=("auto", "inline", "deferred", "asymmetric"), default="auto"
     )
     made.add_argument("--streamed-kv-blocks", type=int, default=0)
     made.add_argument("--block-tokens", type=int, default=16)

@@ -187,7 +187,7 @@ class EngineCore:
         self._tokens[Tier.GPU] += len(result.tokens) - on_host
         if any(batch.host_decode for batch in plan.batches) and not result.void:
             self.scheduler.observe_host_sweep(1e3 * (now - started), plan.mode)
-        self.scheduler.update(plan, result, now)
+        self.scheduler.update(plan, result, now, now - started)
         self._statistics.observe(now - started, len(result.tokens))
         self._rates.observe(plan, self.scheduler.state.given_back_tokens, now - started)
         self._work.count(plan, result, now - started)

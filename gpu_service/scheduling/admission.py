@@ -50,6 +50,7 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
     no others."""
     started: list[Choice] = []
     open_tiers = {tier for tier in Tier if state.usable(tier)}
+    returning, wants = _returning(state), state.host_wants()
     headroom = {tier: state.growth(tier, ADMISSION_HORIZON_TOKENS) for tier in open_tiers}
     # Once no tier is open the rest of the queue need not be looked at.
     for choice in list(state.waiting):
@@ -61,6 +62,9 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
                 t
                 for t in state.start_tiers(choice)
                 if t in open_tiers
+                and (
+                    state.host_takes(choice, wants) if t is Tier.HOST else choice.order < returning
+                )
                 and batch.has_room(choice, t)
                 and fits(state, choice, t, headroom)
             ),
@@ -69,11 +73,23 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
         if tier is None:
             open_tiers.difference_update(state.start_tiers(choice))
             continue
+        wants -= choice.length if tier is Tier.HOST else 0
         state.start(choice, tier, state.shareable_blocks(choice, tier))
         headroom[tier] += state.growth_of(choice, ADMISSION_HORIZON_TOKENS)
         batch.add(choice, starts=True)
         started.append(choice)
     return started
+
+
+def _returning(state: SchedulerState) -> tuple[float, ...]:
+    """Order of the oldest choice on the host tier that waits to leave it, since nobody decodes
+    there any more: nobody younger takes the GPU's blocks before it."""
+    decision = state.decision
+    if decision is not None and decision.resident_tokens == 0:
+        for choice in state.running_on(Tier.HOST):
+            if Tier.GPU in choice.request.tiers and not state.never_on_gpu(choice):
+                return choice.order
+    return (float("inf"),)
 
 
 def fits(state: SchedulerState, choice: Choice, tier: Tier, headroom: Mapping[Tier, int]) -> bool:

@@ -11,6 +11,7 @@ from gpu_service.scheduling.plan import DecodeRow, PrefillRow, SubBatch, Tier
 from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.state import SchedulerState
 from gpu_service.scheduling.streaming import streamed
+from gpu_service.scheduling.work import DEFERRED, GPU_ONLY
 
 
 class BatchBuilder:
@@ -99,11 +100,13 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
     ]
     decoding = [choice for choice in ready if choice.is_decoding]
     host = [choice for choice in decoding if choice.tier is Tier.HOST]
-    limits = state.limits
+    limits, decision = state.limits, state.decision
     room = limits.streamed_blocks - _prompts_share(state, ready)
+    if decision is not None:
+        room = min(room, blocks_for(round(decision.streamed_tokens), limits.block_tokens))
     streams = streamed(host, room, limits.block_tokens, state.host_sweep_ms)
-    if limits.cohorts:
-        going = streams | cohort(state, host, streams)
+    if decision is not None or limits.cohorts:
+        going = streams | _host_rows(state, host, streams)
         decoding = [c for c in decoding if c.tier is Tier.GPU or c in going]
     for choice in _fair(decoding, batch.budget):
         batch.add(choice, streams=choice in streams)
@@ -132,12 +135,33 @@ def _prompts_share(state: SchedulerState, ready: Sequence[Choice]) -> int:
     return share
 
 
+def _host_rows(state: SchedulerState, ready: Sequence[Choice], streams: set[Choice]) -> set[Choice]:
+    """Who of the host's choices is a host row of this sweep."""
+    decision = state.decision
+    if decision is None or decision.way == DEFERRED:
+        return cohort(state, ready, streams)
+    if decision.way == GPU_ONLY or state.flights:
+        return set()  # they go back to the GPU tier; or what is under way has to land first
+    going: set[Choice] = set()
+    tokens = 0
+    for choice in sorted(ready, key=lambda choice: choice.last_planned):
+        if choice in streams:
+            continue
+        if going and tokens + choice.length / 2 > decision.host_tokens:
+            break
+        going.add(choice)
+        tokens += choice.length
+    return going
+
+
 def cohort(state: SchedulerState, ready: Sequence[Choice], streams: set[Choice]) -> set[Choice]:
     """Who of the host's choices starts its next token in this sweep: those that have waited
     longest, up to one cohort's share of the KV there, so that the host has as much to read in one
     layer as in another. `streams`: those whose KV the host does not read."""
     theirs = [c for c in state.running if c.tier is Tier.HOST and c not in streams]
     share = sum(choice.length for choice in theirs) / state.limits.cohorts
+    if state.decision is not None:
+        share = min(share, state.decision.host_tokens)
     starting: set[Choice] = set()
     tokens = 0
     waiting = (choice for choice in ready if choice not in streams)

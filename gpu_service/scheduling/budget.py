@@ -7,6 +7,8 @@ decode. Per prompt token, with d decode rows, r rows in all and b choices in pre
       + b T(d) / d )     tokens that b more decode rows would have brought in T(d)
     / (r - d)
 
+Host rows that are missing since their prompts are still to be computed count in b, too.
+
 The smallest is taken. Where blocks are short, b is 1 or 2 and small chunks win, since they hide
 under the pass over the weights; while many wait and have room, large ones do.
 """
@@ -40,13 +42,24 @@ def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
     sizes = [size for size in costs.mixed_sizes if padded < size <= limit]
     if not sizes or not prefill_tokens:
         return limit
-    idle = costs.decode_ms(decode, context) * (1 - prefilling / decode) if decode else 0.0
+    lost = prefilling + _missing_host_rows(state)
+    idle = costs.decode_ms(decode, context) * (1 - lost / decode) if decode else 0.0
 
     def cost(size: int) -> float:
         used = min(size - padded, prefill_tokens)
         return (costs.mixed_ms(padded + used, context) - idle) / used
 
     return decode + min(sizes, key=cost) - padded
+
+
+def _missing_host_rows(state: SchedulerState) -> float:
+    """Host rows a sweep that there would be if the host tier held what was decided: prompts have to
+    be computed first, and each sweep until then lacks them."""
+    decision = state.decision
+    if decision is None or not decision.resident_tokens:
+        return 0.0
+    missing = max(0.0, state.host_wants()) / decision.resident_tokens
+    return missing * (decision.host_rows + decision.streamed_rows)
 
 
 def _startable(state: SchedulerState) -> tuple[int, int]:

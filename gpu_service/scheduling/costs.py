@@ -50,6 +50,21 @@ class SweepCosts:
         """A sweep of `rows` rows, prompt chunks among them; `context` of its decode rows alone."""
         return self._mixed[_padded(self._mixed, rows)] + context * self.context_ms
 
+    def chunks_for(self, decode: int, rows: float) -> list[tuple[float, int]]:
+        """Shares of sweeps and the rows of their chunks, so that beside `decode` decode rows
+        `rows` prompt rows are computed a sweep on average: by two sizes that are next to it. More
+        than the largest takes (a share above 1) is that size so many times."""
+        padded = self.padded_decode(decode)
+        sizes = [0, *(size - padded for size in self._mixed if size > padded)]
+        if len(sizes) == 1 or rows <= 0:
+            return [(1.0, 0)]
+        if rows >= sizes[-1]:
+            return [(rows / sizes[-1], sizes[-1])]
+        right = next(place for place, size in enumerate(sizes) if size > rows)
+        low, high = sizes[right - 1], sizes[right]
+        part = (rows - low) / (high - low)
+        return [(1 - part, low), (part, high)]
+
     def observe(self, rows: int, has_chunks: bool, context: int, milliseconds: float) -> None:
         """A sweep took that long on the device."""
         table = self._mixed if has_chunks else self._decode

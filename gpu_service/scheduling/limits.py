@@ -33,7 +33,13 @@ class SchedulerLimits:
     cohort_rows: int = 0
     """Host rows that may start in one sweep; 0: any number."""
     asymmetric: bool = False
-    """Host decode rows are split over two sub-batches, which take turns with the device."""
+    """Host decode rows may be split over two sub-batches, which take turns with the device; without
+    `auto` they are."""
+    inline: bool = True
+    """Host rows may be waited for in every layer (`auto`)."""
+    auto: bool = False
+    """How host rows run, how many of them, and whether any do is decided by predicted throughput.
+    Else it follows from `cohorts` and `asymmetric`, and `streamed_blocks` are always used."""
     streamed_blocks: int = 0
     """Most host blocks that one sweep reads over the link, for rows that attend on the device: so
     many has the device's staging room for. 0: none do."""

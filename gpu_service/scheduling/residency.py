@@ -22,6 +22,8 @@ from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.state import SchedulerState
 
 PROMOTION_HORIZON_TOKENS = 64
+HASTE_TOKENS = 512
+"""Prompts under way that are enough for the next sweep: the rows of the largest captured one."""
 PROMOTION_WORTH_TOKENS = 8
 """A choice this near to its end stays where it is: the copy would cost more than it gains."""
 
@@ -59,12 +61,18 @@ def _make_room(state: SchedulerState, tier: Tier) -> Migration | None:
     return None
 
 
-def may_move(state: SchedulerState, choice: Choice) -> bool:
-    """The choice may be on the other tier, and fits there now."""
+def may_move(state: SchedulerState, choice: Choice, wants: float | None = None) -> bool:
+    """The choice may be on the other tier, is wanted, and fits there now. `wants`: of
+    `SchedulerState.host_wants`, where it is known."""
     assert choice.tier is not None
     target = choice.tier.other
     blocks = blocks_for(choice.length, state.limits.block_tokens)
-    return target in choice.request.tiers and _settled(state, choice) and state.fits(target, blocks)
+    allowed = target in choice.request.tiers and _settled(state, choice)
+    return (
+        allowed
+        and state.fits(target, blocks)
+        and (target is Tier.GPU or state.host_takes(choice, wants))
+    )
 
 
 def _settled(state: SchedulerState, choice: Choice) -> bool:
@@ -79,10 +87,11 @@ def send_down(state: SchedulerState) -> list[Migration]:
     limits = state.limits
     if (limits.host_prefill and not limits.staged_prompts) or not state.usable(Tier.HOST):
         return []
+    wants = state.host_wants()
     decoding = [
         choice
         for choice in reversed(state.running_on(Tier.GPU))
-        if choice.is_decoding and not choice.is_ending and may_move(state, choice)
+        if choice.is_decoding and not choice.is_ending and may_move(state, choice, wants)
     ]
     for choice in decoding:
         if choice.request.tiers[0] is Tier.HOST:
@@ -95,7 +104,10 @@ def _somebody_waits(state: SchedulerState) -> bool:
     head = next(iter(state.waiting), None)
     if head is None or len(state.running) >= state.limits.running_bound:
         return False
-    if any(not choice.is_decoding for choice in state.running_on(Tier.GPU)):
+    prompts = [c.length - c.computed for c in state.running_on(Tier.GPU) if not c.is_decoding]
+    # A host that is short of work gets it as fast as prompts are computed.
+    most = HASTE_TOKENS if state.decision is not None else 1
+    if sum(prompts) >= most:
         return False
     headroom = {Tier.GPU: state.growth(Tier.GPU, ADMISSION_HORIZON_TOKENS)}
     return not fits(state, head, Tier.GPU, headroom)
@@ -103,12 +115,18 @@ def _somebody_waits(state: SchedulerState) -> bool:
 
 def promote(state: SchedulerState) -> list[Migration]:
     """At most one promotion an iteration, so that its copy stays short beside the sweep."""
-    if not state.limits.host_prefill and len(state.waiting):
+    decision = state.decision
+    leaves = decision is not None and decision.resident_tokens == 0
+    stays_while_others_wait = not state.limits.host_prefill if decision is None else not leaves
+    if stays_while_others_wait and len(state.waiting):
         return []
     for choice in state.running_on(Tier.HOST):
-        # A choice that prefers the host stays there.
         nearly_done = choice.final_length - choice.length < PROMOTION_WORTH_TOKENS
-        stays = nearly_done or choice.flight is not None or choice.request.tiers[0] is not Tier.GPU
+        # A choice that prefers the host stays there, while anybody decodes there.
+        prefers = choice.request.tiers[0] is Tier.HOST and not (
+            leaves and Tier.GPU in choice.request.tiers
+        )
+        stays = (nearly_done and not leaves) or choice.flight is not None or prefers
         if stays or not state.host_up:
             continue
         blocks = blocks_for(

@@ -14,7 +14,7 @@ import itertools
 
 from gpu_service.engine.messages import Submit, TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
-from gpu_service.scheduling import admission, balance, residency
+from gpu_service.scheduling import admission, residency
 from gpu_service.scheduling.batching import BatchBuilder, add_running
 from gpu_service.scheduling.budget import token_budget
 from gpu_service.scheduling.costs import SweepCosts
@@ -29,8 +29,11 @@ from gpu_service.scheduling.plan import (
     SweepResult,
     Tier,
 )
+from gpu_service.scheduling.predictor import Predictor
+from gpu_service.scheduling.rates import NO_HOST, HostRates
 from gpu_service.scheduling.request import Choice, ChoiceState, Request
 from gpu_service.scheduling.state import SchedulerState
+from gpu_service.scheduling.steering import Steering
 
 LEASE_EXPIRED_SHARE = 0.9
 """A host tier that is LOST after this part of the lease was lost by its expiry; the two clocks
@@ -44,12 +47,19 @@ HOST_AVERAGE_WEIGHT = 0.2
 class Scheduler:
     """Not thread-safe. Times are seconds of one monotonic clock, given by the caller."""
 
-    def __init__(self, limits: SchedulerLimits, costs: SweepCosts | None = None) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        costs: SweepCosts | None = None,
+        rates: HostRates | None = None,
+    ) -> None:
         """`costs`: what sweeps take, by which prompts are cut into chunks; None makes chunks as
-        large as the limits allow."""
+        large as the limits allow. `rates`: what the host tier takes."""
         limits.validate()
         self.costs = costs
         self.state = SchedulerState(limits)
+        predictor = Predictor(costs, rates or NO_HOST) if costs is not None else None
+        self.steering = Steering(self.state, predictor)
         self.limits = limits
         self.iterations = 0
         self._keys = itertools.count()
@@ -138,6 +148,7 @@ class Scheduler:
         self.iterations += 1
         state = self.state
         self._drop_expired(now)
+        self.steering.revise(self.iterations)
         migrations = residency.force(state, self.iterations)
         migrations += residency.grow(state)
         if not migrations and not self.limits.force_migration_every:
@@ -150,11 +161,7 @@ class Scheduler:
             if request.first_planned is None:
                 request.first_planned = now
         batches = batch.build()
-        if self.limits.asymmetric:
-            batches = tuple(part for whole in batches for part in balance.split(whole))
-        mode = Mode.ASYMMETRIC if len(batches) == 2 else Mode.INLINE
-        if state.flights or (self.limits.cohorts and any(b.host_decode for b in batches)):
-            mode = Mode.DEFERRED
+        mode, batches = self.steering.lay_out(batches)
         return IterationPlan(
             number=self.iterations,
             mode=mode,
@@ -192,6 +199,10 @@ class Scheduler:
 
     def launched(self, plan: IterationPlan) -> None:
         """The plan's sweep has begun: its rows count as computed from now on."""
+        self._take_off(plan)
+        self.steering.launched(plan)
+
+    def _take_off(self, plan: IterationPlan) -> None:
         self.state.launched = plan.number
         for batch in plan.batches:
             for chunk in batch.prefill:
@@ -207,9 +218,12 @@ class Scheduler:
         choice.computed += tokens
         choice.pending += choice.computed == choice.length
 
-    def update(self, plan: IterationPlan, result: SweepResult, now: float) -> None:
-        """Take in what became of a plan that was `launched`; plans come in their order."""
-        self._learn(plan, result)
+    def update(
+        self, plan: IterationPlan, result: SweepResult, now: float, seconds: float = 0.0
+    ) -> None:
+        """Take in what became of a plan that was `launched`; plans come in their order. `seconds`:
+        what the iteration took; 0 where nobody has measured."""
+        self.steering.observe(plan, result, seconds)
         for key in result.lost:
             choice = self.state.running_by_key.get(key)
             if choice is not None:
@@ -271,17 +285,6 @@ class Scheduler:
 
     # -- within ------------------------------------------------------------------------------
 
-    def _learn(self, plan: IterationPlan, result: SweepResult) -> None:
-        if self.costs is None or not result.device_seconds or plan.migrations:
-            return
-        if plan.mode is not Mode.INLINE:
-            return  # takes as long as its host rows, and maybe has no others
-        (batch,) = plan.batches
-        if not batch.host_decode and not batch.streamed:
-            context = sum(row.length for row in batch.gpu_decode)
-            milliseconds = 1e3 * result.device_seconds
-            self.costs.observe(batch.tokens, bool(batch.prefill), context, milliseconds)
-
     def _arrive(
         self,
         plan: IterationPlan,
@@ -317,6 +320,7 @@ class Scheduler:
         finish, stop_token_id = choice.accept(token.token_id, self.limits.eos_token_ids)
         self._news.token(choice, token, finish, stop_token_id)
         if finish is not None:
+            self.steering.ended(choice)
             self._finish_choice(choice, now)
 
     def _collect_prompt_logprobs(self, choice: Choice, result: SweepResult) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterable
 
 from gpu_service.engine.messages import Submit
 from gpu_service.kv.allocator import BlockAllocator
 from gpu_service.kv.table import BlockTable, blocks_for
+from gpu_service.scheduling.decision import Decision
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import Flight, Migration, Tier
 from gpu_service.scheduling.request import Choice, ChoiceState, Request
@@ -41,6 +43,10 @@ class SchedulerState:
         self.flights: dict[Flight, list[int]] = {}
         """Deferred mode: rows under way, and the host blocks that wait for each: given up by their
         choice, but the host may still append to them."""
+        self.flight_tokens: dict[Flight, int] = {}
+        """What they attend to."""
+        self.decision: Decision | None = None
+        """What was decided about modes; None where that is fixed."""
         self.launched = 0
         """Number of the last sweep whose results may still come."""
         self.recomputations = 0
@@ -83,6 +89,28 @@ class SchedulerState:
             return limits.host_prefill
         needed = blocks_for(choice.final_length - 1, limits.block_tokens)
         return limits.host_prefill and needed <= limits.streamed_blocks
+
+    def ahead(self, count: int = 64) -> list[Choice]:
+        """The next choices of the queue, which stand for all of it."""
+        return list(itertools.islice(self.waiting, count))
+
+    def never_on_gpu(self, choice: Choice) -> bool:
+        """The host tier is the only one that it may be on, or that is large enough."""
+        needed = blocks_for(choice.final_length - 1, self.limits.block_tokens)
+        return Tier.GPU not in choice.request.tiers or needed > self.pools[Tier.GPU].total
+
+    def host_wants(self) -> float:
+        """Tokens of KV that the host tier lacks for what was decided."""
+        if self.decision is None:
+            return math.inf
+        held = sum(choice.length for choice in self.running if choice.tier is Tier.HOST)
+        return self.decision.resident_tokens - held
+
+    def host_takes(self, choice: Choice, wants: float | None = None) -> bool:
+        """The host tier gains by having it, too, or is the only one that can. `wants`: of
+        `host_wants`, where it is known."""
+        lacks = self.host_wants() if wants is None else wants
+        return choice.length <= lacks or self.never_on_gpu(choice)
 
     def _host_meets(self, tpot_ms: float) -> bool:
         """Unknown counts as no: a promise that nobody has measured is not made."""
@@ -232,10 +260,12 @@ class SchedulerState:
         assert choice.flight is None
         choice.flight = Flight(choice.key, number)
         self.flights[choice.flight] = []
+        self.flight_tokens[choice.flight] = choice.length
 
     def land(self, flight: Flight) -> Choice | None:
         """The row is under way no more; returns its choice, if that still waits for it."""
         self.pools[Tier.HOST].free(self.flights.pop(flight))
+        del self.flight_tokens[flight]
         choice = self.running_by_key.get(flight.key)
         if choice is None or choice.flight != flight:
             return None

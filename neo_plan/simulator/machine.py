@@ -22,6 +22,7 @@ from gpu_service.pipeline.cuda.inputs import SweepShape
 from gpu_service.pipeline.cuda.shapes import ShapeTable
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import IterationPlan, Mode, PrefillRow, SubBatch, Tier
+from gpu_service.scheduling.rates import HostRates
 from neo_common.model_spec import ModelSpec
 from neo_plan.simulator.profile import Profile
 
@@ -137,6 +138,19 @@ class Machine:
         }
         context_ms = 1e-6 * self._kv_bytes / self.profile.gpu.decode_attention_gbps.value
         return SweepCosts(decode, mixed, context_ms, table.beside_chunks)
+
+    def start_rates(self) -> HostRates:
+        """What the engine would time at its start."""
+        link, layers = self.profile.link, self.spec.layers
+        captured = self._device_deals
+        return HostRates(
+            cpu_token_ms=self._host_attention_ms(1),
+            link_token_ms=self._link_ms(self._host_kv_bytes),
+            move_ms=1e-3 * link.copy_us.value,
+            deferred_ms=1e-3 * layers * link.deferred_layer_us.value,
+            streamed_ms=1e-3 * layers * link.streamed_layer_us.value,
+            inline_ms=0.0 if captured else self._launches_ms,
+        )
 
     # -- parts, milliseconds -----------------------------------------------------------------
 

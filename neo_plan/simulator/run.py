@@ -21,6 +21,7 @@ from gpu_service.pipeline.launch import LaunchedSweep
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import Flight, IterationPlan, Mode, SampledToken, SweepResult
+from gpu_service.scheduling.rates import HostRates
 from gpu_service.scheduling.scheduler import Scheduler
 from neo_client.workloads import Lengths
 from neo_plan.simulator.machine import SweepTime
@@ -42,6 +43,10 @@ class MachineModel(Protocol):
 
     def start_costs(self) -> SweepCosts | None:
         """What the engine would know of sweeps when it starts."""
+        ...
+
+    def start_rates(self) -> HostRates | None:
+        """What it would know of the host tier then."""
         ...
 
 
@@ -87,7 +92,7 @@ def simulate(
 
     ValueError if one of them can never be served."""
     runner = SimulatedRunner(machine, limits.cohorts)
-    scheduler = Scheduler(limits, machine.start_costs())
+    scheduler = Scheduler(limits, machine.start_costs(), machine.start_rates())
     host = HealthyHostTier(limits.host_blocks)
     core = EngineCore(scheduler, runner, host, vocab_size=1, clock=runner.clock)
     lives = [Life(arrival) for arrival in arrivals]

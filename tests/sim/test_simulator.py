@@ -15,6 +15,7 @@ import pytest
 from benchmarks import simulate as command
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import DecodeRow, IterationPlan, Mode, PrefillRow, SubBatch, Tier
+from gpu_service.scheduling.rates import HostRates
 from neo_client.workloads import Lengths, read_workload
 from neo_client.workloads.arrivals import poisson
 from neo_plan.simulator import machine as machine_module
@@ -258,7 +259,9 @@ def test_offload_policies() -> None:
     for found in (never, alone):
         del found["seconds_to_simulate"]
     assert never == alone
-    always = simulated(f"{options} --host-kv-blocks 2000 --offload always", "300x20")
+    always = simulated(
+        f"{options} --host-kv-blocks 2000 --offload always --offload-mode inline", "300x20"
+    )
     assert always["host_tokens"] == 20 * 40 + sum(
         r.output - 20 for r in read_workload("300x20", 40)
     )
@@ -286,6 +289,9 @@ class Metronome:
         return self._host_ms
 
     def start_costs(self) -> SweepCosts | None:
+        return None
+
+    def start_rates(self) -> HostRates | None:
         return None
 
 

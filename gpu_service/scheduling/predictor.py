@@ -1,0 +1,179 @@
+"""What a sweep will take on this machine: from a profile at first, then from what sweeps took.
+
+gpu_only     the device's part alone: dense layers, attention, migrations before it
+deferred     max(device + exchange, the host's attention of a sweep, what the link brings)
+inline       dense layers + max(device's attention, host's) + exchange
+asymmetric   max(dense(0) + device's attention, host's(1)) + max(dense(1), host's(0)) + exchange
+streamed     rows of any of these: max(..., what the link brings)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from gpu_service.scheduling.costs import SweepCosts
+from gpu_service.scheduling.plan import SubBatch
+from gpu_service.scheduling.rates import HostRates
+from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED, INLINE, SweepWork
+
+_NEWEST = 0.05
+"""Weight of the newest sweep."""
+_NEWEST_REPORT = 0.3
+"""Weight of the host's newest report, which covers about a second of its work; the first one
+counts as much as all that was believed before."""
+_PAUSE = 4
+"""What takes so many times longer than expected is the machine's doing, and not the sweep's."""
+_REPORT_SECONDS = 2e-3
+"""The host's reports on less work than that are collected first."""
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Milliseconds."""
+
+    gpu: float
+    """The device computes."""
+    cpu: float
+    """The host computes."""
+    link: float
+    """Copies over the link, those before the sweep included."""
+    total: float
+    """From the sweep's begin to its end."""
+
+
+class Predictor:
+    """Not thread-safe. `LayerCosts` for `balance.split`, too."""
+
+    def __init__(self, costs: SweepCosts, rates: HostRates) -> None:
+        rates.validate()
+        self.costs = costs
+        self.rates = rates
+        self.error = 0.0
+        """Moving average of |predicted - actual| / actual, of sweeps with host rows."""
+        self.beside_ms = 0.0
+        """Moving average of what iterations take beside their sweep, where host rows are under
+        way: what the engine's own thread costs, as far as no sweep hides it."""
+        self._reports = 0
+        self._unused = (0.0, 0.0, 0)
+
+    # -- questions ---------------------------------------------------------------------------
+
+    def phases(self, work: SweepWork) -> Phases:
+        rates = self.rates
+        moved = work.moved_tokens * rates.link_token_ms + work.moves * rates.move_ms
+        link = work.link_tokens * rates.link_token_ms
+        attention = work.context * self.costs.context_ms
+        streamed = rates.streamed_ms if work.streamed else 0.0
+        rows = work.decode + work.host_rows - work.second_rows
+        dense = self.dense_ms(rows, work.chunk_rows)
+        cpu = self.cpu_ms(work.host_tokens)
+        if work.way == DEFERRED:
+            gpu = dense + attention + rates.deferred_ms + streamed
+            return Phases(moved + gpu, cpu, moved + link, moved + max(gpu, cpu, link))
+        if work.way == INLINE:
+            gpu = dense + attention
+            total = dense + max(attention, cpu, link) + rates.inline_ms
+            return Phases(moved + gpu, cpu, moved + link, moved + total)
+        if work.way == ASYMMETRIC:
+            behind = self.dense_ms(work.second_rows, 0)
+            second = self.cpu_ms(work.second_tokens)
+            total = max(dense + max(attention, link), second) + max(behind, cpu - second)
+            total += 2 * rates.inline_ms
+            gpu = dense + attention + behind
+            return Phases(moved + gpu, cpu, moved + link, moved + total)
+        gpu = dense + attention + streamed
+        return Phases(moved + gpu, 0.0, moved + link, moved + max(gpu, link))
+
+    def dense_ms(self, rows: float, chunk_rows: int) -> float:
+        """Without attention over decode rows' context."""
+        count = max(1, round(rows))
+        if chunk_rows:
+            return self.costs.mixed_ms(self.costs.padded_decode(count) + chunk_rows, 0)
+        return self.costs.decode_ms(count, 0)
+
+    def cpu_ms(self, tokens: float) -> float:
+        return tokens * self.rates.cpu_token_ms + self.rates.cpu_sweep_ms if tokens else 0.0
+
+    # LayerCosts, of all layers together: only their proportions count.
+
+    def linear_ms(self, rows: int) -> float:
+        return self.dense_ms(rows, 0)
+
+    def gpu_attention_ms(self, batch: SubBatch) -> float:
+        context = sum(row.length for row in (*batch.gpu_decode, *batch.streamed))
+        return context * self.costs.context_ms
+
+    def host_attention_ms(self, tokens: int) -> float:
+        return self.cpu_ms(tokens)
+
+    # -- corrections -------------------------------------------------------------------------
+
+    def observe(self, work: SweepWork, predicted: Phases, milliseconds: float) -> None:
+        """A sweep of that work took that long."""
+        if milliseconds > _PAUSE * predicted.total:
+            return
+        if work.is_plain:
+            rows = self.costs.padded_decode(round(work.decode)) if work.chunk_rows else work.decode
+            self.costs.observe(
+                round(rows) + work.chunk_rows,
+                bool(work.chunk_rows),
+                round(work.context),
+                milliseconds,
+            )
+            return
+        self.error += _NEWEST * (abs(predicted.total - milliseconds) / milliseconds - self.error)
+        self._correct(work, predicted, milliseconds - predicted.total)
+
+    def _correct(self, work: SweepWork, predicted: Phases, error: float) -> None:
+        """What is left over belongs to whatever bounds the sweep; what the host reports itself, and
+        what sweeps of the device alone tell, is known better from there."""
+        name = ""
+        if work.moves or predicted.link >= predicted.total:
+            tokens = work.moved_tokens + work.link_tokens
+            if tokens:
+                self._add("link_token_ms", error / tokens)
+            return
+        if predicted.cpu >= predicted.total and error > 0:
+            return
+        if work.way == DEFERRED and work.chunk_rows:
+            # The device's own part varies more with prompts than the exchange does.
+            rows = self.costs.padded_decode(round(work.decode + work.host_rows)) + work.chunk_rows
+            alone = self.costs.mixed_ms(rows, round(work.context))
+            self.costs.observe(rows, True, round(work.context), alone + error)
+        elif work.way == DEFERRED:
+            name = "deferred_ms"
+        elif work.way in (INLINE, ASYMMETRIC):
+            name = "inline_ms"
+        elif work.streamed:
+            name = "streamed_ms"
+        if name:
+            self._add(name, error / 2 if work.way == ASYMMETRIC else error)
+
+    def _add(self, name: str, error: float) -> None:
+        value = max(0.0, getattr(self.rates, name) + _NEWEST * error)
+        self.rates = msgspec.structs.replace(self.rates, **{name: value})
+
+    def observe_host(self, tokens: float, busy_ms: float, sweeps: int) -> None:
+        """The host has read so many KV tokens since it last told, in so much time and so many
+        sweeps."""
+        tokens += self._unused[0]
+        busy_ms += self._unused[1]
+        sweeps += self._unused[2]
+        if busy_ms < 1e3 * _REPORT_SECONDS or tokens <= 0:
+            self._unused = (tokens, busy_ms, sweeps)
+            return
+        self._unused = (0.0, 0.0, 0)
+        # A sweep's own cost is known from the profile alone: the rest is the tokens'.
+        own = max(busy_ms - sweeps * self.rates.cpu_sweep_ms, 0.1 * busy_ms)
+        self._reports += 1
+        weight = max(_NEWEST_REPORT, 1 / (1 + self._reports))
+        value = self.rates.cpu_token_ms
+        value += weight * (own / tokens - value)
+        self.rates = msgspec.structs.replace(self.rates, cpu_token_ms=value)
+
+    def observe_iteration(self, seconds: float, device_seconds: float) -> None:
+        """One with host rows took so long, of which the device so much."""
+        beside = max(0.0, 1e3 * (seconds - device_seconds))
+        self.beside_ms += _NEWEST * (min(beside, 10 * self.beside_ms + 10) - self.beside_ms)

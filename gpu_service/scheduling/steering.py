@@ -1,0 +1,140 @@
+"""The decision about modes from iteration to iteration: what it is made from, what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gpu_service.scheduling import balance
+from gpu_service.scheduling.decision import Decision
+from gpu_service.scheduling.demand import demand_of
+from gpu_service.scheduling.mode import decide
+from gpu_service.scheduling.plan import IterationPlan, Mode, SubBatch, SweepResult
+from gpu_service.scheduling.predictor import Phases, Predictor
+from gpu_service.scheduling.request import Choice
+from gpu_service.scheduling.state import SchedulerState
+from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED, WAYS, SweepWork, work_of
+
+REVISED_EVERY = 8
+"""Iterations that a decision holds: averages of many choices do not change faster."""
+_NEWEST = 0.05
+
+
+@dataclass
+class Accounts:
+    """What was predicted and what came of it, since the start."""
+
+    iterations: dict[str, int] = field(default_factory=lambda: dict.fromkeys(WAYS, 0))
+    """By way."""
+    streamed_iterations: int = 0
+    """Those with streamed rows, whatever their way."""
+    predicted: Phases = field(default_factory=lambda: Phases(0.0, 0.0, 0.0, 0.0))
+    """Milliseconds, sums."""
+    actual_ms: float = 0.0
+    """Of the same sweeps."""
+    error: float = 0.0
+    """Moving average of |predicted - actual| / actual over all sweeps."""
+    gpu_busy_seconds: float = 0.0
+    cpu_busy_seconds: float = 0.0
+    """As the host tells it, about once a second."""
+    seconds: float = 0.0
+    """Of iterations."""
+
+    def add(self, work: SweepWork, predicted: Phases, actual_ms: float) -> None:
+        known = self.predicted
+        self.predicted = Phases(
+            known.gpu + predicted.gpu,
+            known.cpu + predicted.cpu,
+            known.link + predicted.link,
+            known.total + predicted.total,
+        )
+        self.actual_ms += actual_ms
+        self.error += _NEWEST * (abs(predicted.total - actual_ms) / actual_ms - self.error)
+
+
+class Steering:
+    """Used by the scheduler alone. Without a predictor nothing is decided or foretold, and only
+    iterations are counted."""
+
+    def __init__(self, state: SchedulerState, predictor: Predictor | None) -> None:
+        assert predictor is not None or not state.limits.auto, "auto decides by predictions"
+        self.predictor = predictor
+        self.accounts = Accounts()
+        self._state = state
+        self._revised = -REVISED_EVERY
+        self._queued = False
+        self._ended_early = 1.0
+        """Part of their `max_tokens` that choices decode, a moving average."""
+        self._foretold: dict[int, tuple[SweepWork, Phases]] = {}
+        """Plan's number -> of sweeps whose results have not come."""
+        if state.limits.auto:
+            state.decision = Decision()
+
+    def revise(self, iteration: int) -> None:
+        """Before each iteration: decide anew if it is time."""
+        state = self._state
+        if not state.limits.auto or self.predictor is None:
+            return
+        queued = len(state.waiting) > 0
+        if iteration - self._revised < REVISED_EVERY and queued == self._queued:
+            return
+        self._revised, self._queued = iteration, queued
+        assert state.decision is not None
+        if not state.host_up:
+            state.decision = Decision(why="there is no host tier now")
+            return
+        demand = demand_of(state, self._ended_early)
+        must = any(state.never_on_gpu(choice) for choice in state.running)
+        must = must or any(state.never_on_gpu(choice) for choice in state.ahead())
+        state.decision = decide(demand, self.predictor, state.limits, state.decision, must)
+
+    def lay_out(self, batches: tuple[SubBatch, ...]) -> tuple[Mode, tuple[SubBatch, ...]]:
+        """The mode of an iteration with these rows, and its sub-batches."""
+        state, decision = self._state, self._state.decision
+        limits = state.limits
+        rows = any(batch.host_decode for batch in batches)
+        defers = limits.cohorts > 0 if decision is None else decision.way == DEFERRED
+        if state.flights or (defers and rows):
+            return Mode.DEFERRED, batches
+        splits = limits.asymmetric if decision is None else decision.way == ASYMMETRIC
+        if splits:
+            costs = None if decision is None else self.predictor
+            batches = tuple(part for whole in batches for part in balance.split(whole, costs))
+        return Mode.ASYMMETRIC if len(batches) == 2 else Mode.INLINE, batches
+
+    def launched(self, plan: IterationPlan) -> None:
+        """Its sweep has begun, and its host rows are under way."""
+        state = self._state
+        cohorts = max(1, state.limits.cohorts)
+        work = work_of(plan, sum(state.flight_tokens.values()), cohorts)
+        if work is None:
+            return
+        self.accounts.iterations[work.way] += 1
+        self.accounts.streamed_iterations += work.streamed
+        if self.predictor is not None:
+            self._foretold[plan.number] = work, self.predictor.phases(work)
+
+    def observe(self, plan: IterationPlan, result: SweepResult, seconds: float) -> None:
+        """The plan's result is there; from the result before it, `seconds` have passed."""
+        foretold = self._foretold.pop(plan.number, None)
+        measured = result.device_seconds or seconds
+        self.accounts.seconds += seconds
+        self.accounts.gpu_busy_seconds += min(measured, seconds) if foretold else 0.0
+        if foretold is None or result.void or result.lost or measured <= 0:
+            return
+        work, predicted = foretold
+        assert self.predictor is not None
+        self.accounts.add(work, predicted, 1e3 * measured)
+        self.predictor.observe(work, predicted, 1e3 * measured)
+        if not work.is_plain and result.device_seconds:
+            self.predictor.observe_iteration(seconds, result.device_seconds)
+
+    def observe_host(self, tokens: float, busy_seconds: float, sweeps: int) -> None:
+        """See `Predictor.observe_host`."""
+        self.accounts.cpu_busy_seconds += busy_seconds
+        if self.predictor is not None:
+            self.predictor.observe_host(tokens, 1e3 * busy_seconds, sweeps)
+
+    def ended(self, choice: Choice) -> None:
+        """A choice has ended by itself, with all its tokens."""
+        part = len(choice.output) / max(1, choice.request.max_tokens)
+        self._ended_early += _NEWEST * (part - self._ended_early)

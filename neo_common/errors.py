@@ -155,7 +155,8 @@ class ErrorDetails:
     """What a client reads from a failed call: `reason` ("" if the peer gave none), `fields` and
     `retry_after` seconds (None if not said)."""
 
-    def __init__(self, error: grpc.RpcError) -> None:
+    def __init__(self, error: Any) -> None:
+        """error: what a call raised, or anything else with its `trailing_metadata()`."""
         self.reason = ""
         self.fields: list[str] = []
         self.retry_after: float | None = None
@@ -175,10 +176,9 @@ class ErrorDetails:
             self.retry_after = retry.retry_delay.ToNanoseconds() / 1e9
 
 
-def _status_of(error: grpc.RpcError) -> status_pb2.Status | None:
+def _status_of(error: Any) -> status_pb2.Status | None:
     """The google.rpc.Status in the trailing metadata, of a sync or an aio call's error."""
-    trailing: Any = error.trailing_metadata() or ()
-    for key, value in trailing:
+    for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             status = status_pb2.Status()
             try:

@@ -22,6 +22,8 @@ from router.backend import Backend
 from router.chooser import Chooser
 from router.config import RouterConfig
 from router.forward import SERVICE, Forwarder, RelayLimits
+from router.http import http_listener
+from router.joining import Pace
 from router.limits import Gate
 from router.load import WatchTiming
 from router.metrics import RouterMetrics
@@ -60,6 +62,7 @@ class Router:
         self.admission = Admission(
             config.tenants, self.registry.room, AdmissionMetrics(self.collector)
         )
+        self.pace = Pace(config.max_join_ms / 1e3)
         self.server = ServiceServer(
             config.listen,
             [SERVICE, *compat.SERVICES],
@@ -82,12 +85,18 @@ class Router:
                 retry_after_seconds=config.retry_after_seconds,
             ),
             self.admission,
+            self.pace,
         )
         compatible = compat.handlers(forwarder, self.registry.usable, self.server.guard.admitted)
         self.server.grpc.add_generic_rpc_handlers((forwarder.handler(), *compatible))
         router_pb2_grpc.add_RouterServiceServicer_to_server(
             RouterServicer(self.registry, DRAIN_CALL_SECONDS), self.server.admin
         )
+        self.http = None
+        if config.http_listen:
+            self.http = http_listener(
+                config, forwarder, self.registry.usable, self.server, self.collector
+            )
         self._news = asyncio.Event()
         self._health: asyncio.Task[None] | None = None
 
@@ -115,10 +124,17 @@ class Router:
     async def start(self) -> str:
         """Listen and watch the backends; returns the address. Raises ValueError."""
         address = await self.server.start()
+        if self.http is not None:
+            try:
+                log.info("HTTP on %s", await self.http.start())
+            except ValueError:
+                await self.server.stop()
+                raise
         self.registry.on_change(self._news.set)
         if self.admission.on:
             self.registry.on_change(self.admission.turn)
         self.registry.start()
+        self.pace.start()
         self._health = asyncio.create_task(self._follow_backends(), name="health")
         log.info("listening on %s, backends %s", address, ", ".join(self.config.backends))
         return address
@@ -139,10 +155,13 @@ class Router:
     async def stop(self) -> bool:
         """Drain, then let go of everything; False when calls outlived the grace."""
         finished = await self.server.drain(self.config.drain_grace_seconds)
+        if self.http is not None:
+            await self.http.stop()
         if self._health is not None:
             self._health.cancel()
             await asyncio.gather(self._health, return_exceptions=True)
         await self.registry.close()
+        self.pace.stop()
         return finished
 
 

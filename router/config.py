@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neo_common.grpc.settings import ListenSettings, PeerSettings
+from neo_http.settings import HttpSettings
 from router.policies import POLICIES
 
 
 @dataclass(frozen=True)
-class RouterConfig(ListenSettings, PeerSettings):
+class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
     """One router in front of some gpu_services."""
 
     listen: str = "127.0.0.1:7000"
@@ -21,11 +22,8 @@ class RouterConfig(ListenSettings, PeerSettings):
     backends: tuple[str, ...] = ()
     """gRPC addresses of the gpu_services; at least one."""
 
-    policy: str = "predicted-wait"
-    """Which backend gets a call: `predicted-wait` (the least), `kv-pressure` (the least),
-    `power-of-two` (the better of two drawn), `prefix` (where prompts that begin alike went),
-    `session` (where calls with the same x-neo-session-id went) or `round-robin`. The two before the
-    last keep to a quarter above each backend's share."""
+    policy: str = "kv-pressure"
+    """Which backend gets a call: `kv-pressure`."""
     model_policies: tuple[str, ...] = ()
     """Other policies for some models, as MODEL=POLICY."""
     default_model: str = ""
@@ -36,6 +34,9 @@ class RouterConfig(ListenSettings, PeerSettings):
     tenants: str = ""
     """YAML file with limits and shares of tenants, see docs/operations.md; read again when it
     changes. Empty: calls do not wait in the router."""
+    max_join_ms: float = 40.0
+    """When the router is busy, messages of one answer leave together that come within a time which
+    grows up to this; 0: each leaves alone."""
     max_attempts: int = 3
     """Backends tried for one call while no message of its answer has come."""
     retry_ratio: float = 0.2
@@ -87,6 +88,7 @@ class RouterConfig(ListenSettings, PeerSettings):
         """Raises ValueError naming the field."""
         self.validate_listener()
         self.validate_peers()
+        self.validate_http()
         if not self.backends:
             raise ValueError("backends must name at least one gpu_service, such as 127.0.0.1:7001")
         if len(set(self.backends)) < len(self.backends):

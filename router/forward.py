@@ -25,6 +25,7 @@ from protos.neo.v1 import inference_pb2
 from router.admission.calls import admitted
 from router.admission.gate import Admission
 from router.backend import Backend
+from router.joining import JOINABLE, Joined, Pace
 from router.keys import CallKeys, keys_of
 from router.limits import Gate
 from router.metrics import Measured, RouterMetrics
@@ -64,6 +65,7 @@ class Forwarder:
         metrics: RouterMetrics,
         limits: RelayLimits,
         admission: Admission,
+        pace: Pace,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,7 +74,9 @@ class Forwarder:
         self._metrics = metrics
         self._limits = limits
         self._admission = admission
+        self._pace = pace
         self._clock = clock
+        self._unary_paths: set[str] = set()
         self._budget = RetryBudget(limits.retry_ratio)
 
     def handler(
@@ -90,10 +94,11 @@ class Forwarder:
             if method.name == "Abort":
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(self._abort(path))
             elif method.name in LISTING:
-                methods[method.name] = grpc.unary_unary_rpc_method_handler(self._listed(path))
+                methods[method.name] = grpc.unary_unary_rpc_method_handler(self.listed(path))
             elif method.server_streaming:
                 methods[method.name] = grpc.unary_stream_rpc_method_handler(self._stream(path))
             else:
+                self._unary_paths.add(path)
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(self._unary(path))
         return grpc.method_handlers_generic_handler(service.full_name, methods)
 
@@ -117,7 +122,13 @@ class Forwarder:
         async def handle(request: bytes, context: Context) -> None:
             await self._relay(path, request, context, context.write)
 
-        return handle
+        async def handle_joined(request: bytes, context: Context) -> None:
+            async with Joined(context.write, self._pace) as joined:
+                failure = await self.relay(path, request, context, joined.put)
+            if failure is not None:
+                await failure.refuse(context)
+
+        return handle_joined if path in JOINABLE else handle
 
     async def _relay(self, path: str, request: bytes, context: Context, send: Send) -> None:
         failure = await self.relay(path, request, context, send)
@@ -149,7 +160,7 @@ class Forwarder:
         with self._budgeted():
             while backend := await self._next(keys, tried, failure, measured):
                 tried.append(backend.address)
-                with self._attempt(backend, path, request, context, keys) as attempt:
+                with self._attempt(backend, path, request, context) as attempt:
                     failure = await attempt.first()
                     answered = failure is None
                     if answered:
@@ -172,13 +183,12 @@ class Forwarder:
 
     @contextlib.contextmanager
     def _attempt(
-        self, backend: Backend, path: str, request: bytes, context: Context, keys: CallKeys
+        self, backend: Backend, path: str, request: bytes, context: Context
     ) -> Iterator[Attempt]:
         """Counted as open on the backend while the block runs."""
-        with backend.call(self._clock(), keys.prompt_tokens) as call:
-            attempt = Attempt(
-                backend.channel, path, request, context, began=lambda: call.answered(self._clock())
-            )
+        with backend.call(self._clock()):
+            unary = path in self._unary_paths
+            attempt = Attempt(backend.channel, path, request, context, unary=unary)
             try:
                 yield attempt
             finally:
@@ -242,7 +252,7 @@ class Forwarder:
 
         return handle
 
-    def _listed(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    def listed(self, path: str) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """Messages of which all that matters is a repeated field: their bytes in a row are the
         message that holds the elements of all."""
 

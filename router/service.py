@@ -37,7 +37,7 @@ def describe(backend: Backend, now: float) -> pb.Backend:
         address=backend.address,
         state=STATES[state],
         in_flight=backend.in_flight,
-        calls_total=backend.calls.total,
+        calls_total=backend.calls_total,
         failures_total=backend.failures_total,
         problem=problem,
     )

@@ -7,7 +7,8 @@ decode. Per prompt token, with d decode rows, r rows in all and b choices in pre
       + b T(d) / d )     tokens that b more decode rows would have brought in T(d)
     / (r - d)
 
-Host rows that are missing since their prompts are still to be computed count in b, too.
+Host rows that are missing since their prompts are still to be computed count in b, too. Rows are
+padded ones: host rows in deferred mode take all their places beside a chunk.
 
 The smallest is taken. Where blocks are short, b is 1 or 2 and small chunks win, since they hide
 under the pass over the weights; while many wait and have room, large ones do.
@@ -38,7 +39,8 @@ def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
             prefill_tokens += choice.length - choice.computed
     starting, tokens = _startable(state)
     prefilling, prefill_tokens = prefilling + starting, prefill_tokens + tokens
-    padded = costs.padded_decode(decode)
+    beside = state.limits.cohort_rows if state.running_on(Tier.HOST) else 0
+    padded = costs.padded_decode(decode) + beside
     sizes = [size for size in costs.mixed_sizes if padded < size <= limit]
     if not sizes or not prefill_tokens:
         return limit

@@ -3,8 +3,12 @@ and those that left a sweep ago come back, without a host thread in between.
 
     depart   q, k, v of the rows beside the sub-batch -> step memory; their state <-> the state of
              those that arrive (docs/protocol.md, "Shared memory")
-    meet     ring the layer's doorbell; wait until the host is done with what came a sweep ago
-    arrive   o in step memory -> the rows' place in attention's output
+    ring     the layer's doorbell
+    arrive   wait until the host is done with what came a sweep ago; o in step memory -> the rows'
+             place in attention's output
+
+What arrives in a layer is due a sweep after it left, so `arrive` need not come after the layer's
+own `depart` and `ring`: a sweep launches it as soon as that place is free.
 
 Control and step memory is the host's, registered with CUDA; its addresses are read from device
 memory, since a CUDA graph outlives an epoch. A wait ends by the device's clock, or when the engine
@@ -128,14 +132,18 @@ def _depart_kernel(
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _meet_kernel(
-    bases_ptr, counts_ptr, status_ptr, layer, sweep_at, submitted, done, bell_stride, revoked,
-    deadline_ns,
+def _ring_kernel(bases_ptr, counts_ptr, layer, sweep_at, submitted, bell_stride):
+    bell = tl.load(bases_ptr) + layer.to(tl.int64) * bell_stride + submitted
+    _store_release(bell, tl.load(counts_ptr + sweep_at))
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _wait_kernel(
+    bases_ptr, counts_ptr, status_ptr, layer, sweep_at, done, bell_stride, revoked, deadline_ns,
     POLLS: tl.constexpr, MOST_POLLS: tl.constexpr,
 ):  # fmt: skip
     control = tl.load(bases_ptr) + layer.to(tl.int64) * bell_stride
     sweep = tl.load(counts_ptr + sweep_at)
-    _store_release(control + submitted, sweep)
     arriving = tl.load(counts_ptr + layer + 1)
     failed = tl.load(status_ptr)
     if (arriving > 0) & (failed == 0):
@@ -170,7 +178,7 @@ def _arrive_kernel(
 
 
 class HostExchange:
-    """Launches the three for every layer, for sweeps with `rows` (padded) rows beside the
+    """Launches them for every layer, for sweeps with `rows` (padded) rows beside the
     sub-batch. Owns the state of the rows that wait."""
 
     def __init__(
@@ -231,22 +239,26 @@ class HostExchange:
             COPY_PARTS=copies, CHUNK=_CHUNK, num_warps=4,
         )  # fmt: skip
 
-    def meet(self, layer: int, bases: torch.Tensor, counts: torch.Tensor) -> None:
-        """After `depart`."""
+    def ring(self, layer: int, bases: torch.Tensor, counts: torch.Tensor) -> None:
+        """After `depart`: the host may begin with the rows that left."""
         offsets = self.offsets
-        _meet_kernel[(1,)](
-            bases, counts, self.status, layer, self._layers + 1,
-            offsets.submitted, offsets.done, offsets.bell_stride, offsets.revoked,
-            self._deadline_ns, POLLS=_POLLS, MOST_POLLS=_MOST_POLLS, num_warps=1,
+        _ring_kernel[(1,)](
+            bases, counts, layer, self._layers + 1, offsets.submitted, offsets.bell_stride,
+            num_warps=1,
         )  # fmt: skip
 
     def arrive(
         self, layer: int, out: torch.Tensor, bases: torch.Tensor, counts: torch.Tensor
     ) -> None:
-        """After `meet`. out: `[rows, query_heads, head_dim]`; rows that nobody arrives in stay as
-        they are."""
+        """Wait for those that left in the sweep before. out: `[rows, query_heads, head_dim]`; rows
+        that nobody arrives in stay as they are."""
         check("out", out, (self.rows, -1, -1), *FLOATS)
         offsets = self.offsets
+        _wait_kernel[(1,)](
+            bases, counts, self.status, layer, self._layers + 1,
+            offsets.done, offsets.bell_stride, offsets.revoked,
+            self._deadline_ns, POLLS=_POLLS, MOST_POLLS=_MOST_POLLS, num_warps=1,
+        )  # fmt: skip
         _arrive_kernel[(self.rows, triton.cdiv(self._q_width, _CHUNK))](
             out, bases, counts, self.status, layer, self._layers + 1,
             offsets.slot, offsets.q + 2 * offsets.kv,

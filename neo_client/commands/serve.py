@@ -53,6 +53,10 @@ def add(subparsers: Any) -> None:
         "--listen", default="127.0.0.1:7000", metavar="HOST:PORT",
         help="the router's address; port 0 takes a free one (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--http-listen", metavar="HOST:PORT",
+        help="address of the router's HTTP listener with OpenAI's API; default: none",
+    )  # fmt: skip
     add_stack_flags(parser)
     parser.set_defaults(run=run)
 
@@ -101,11 +105,17 @@ def print_line(service: str, line: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.http_listen:
+        # In front, so that --set still has the last word.
+        arguments.overrides.insert(0, f"router.http_listen={arguments.http_listen}")
+
     async def announce(stack: LocalStack) -> None:
         plan = stack.plan
         services = [s for s in (plan.router, plan.gpu, plan.cpu) if s is not None]
         addresses = ", ".join(f"{service.module} {service.address}" for service in services)
         print_line("neo", f"serving: {addresses}")
+        if arguments.http_listen:
+            print_line("neo", f"OpenAI's API: http://{arguments.http_listen}/v1")
         print_line("neo", f'try: neo generate --address {plan.router.address} "Once upon a time"')
         await asyncio.Event().wait()  # until a signal, or the end of a service
 

@@ -73,7 +73,8 @@ class ServiceServer:
             Authenticator(self._settings) if self._settings.authenticates else None
         )
         self.health = Health(self._names)
-        self.guard = Guard(counted, Access(self._authenticator, private=is_loopback(listen)))
+        self.access = Access(self._authenticator, private=is_loopback(listen))
+        self.guard = Guard(counted, self.access)
         self.grpc = self._server(self.guard, self._names)
         self.admin = self.grpc
         if self._admin_listen is not None:

@@ -159,7 +159,7 @@ def test_a_host_that_goes_away_under_way(
     how: signal.Signals,
 ) -> None:
     """The device's waits end, nobody else waits, and the tokens are right in the end."""
-    monkeypatch.setattr(host_exchange, "_MOST_POLLS", 2_000)
+    monkeypatch.setattr(host_exchange, "_MOST_POLLS", 20_000)
     hosts = [
         greedy(f"h{i}", prompt, 5, placement="cpu_preferred")
         for i, prompt in enumerate(prompts()[:2])

@@ -32,7 +32,15 @@ def test_there_are_examples() -> None:
 def test_example(stack: Stack, where: str, code: str, tmp_path: Path) -> None:
     address = stack.gpu.address if where == "gpu" else stack.router.address
     script = tmp_path / "example.py"
-    script.write_text(code.replace("ADDRESS", repr(address)))
+    # The longer names first: the shorter one is a part of them.
+    for name, value in (
+        ("HTTP_URL", stack.http),
+        ("GPU_ADDRESS", stack.gpu.address),
+        ("ROUTER_ADDRESS", stack.router.address),
+        ("ADDRESS", address),
+    ):
+        code = code.replace(name, repr(value))
+    script.write_text(code)
     done = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, cwd=REPO, timeout=120
     )

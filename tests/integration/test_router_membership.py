@@ -117,7 +117,7 @@ async def test_models_of_the_other_protocols() -> None:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await engine.Generate(request).read()
             assert details(caught).reason == "UNKNOWN_MODEL"
-            totals = [backend.calls.total for backend in ready.router.registry.backends]
+            totals = [backend.calls_total for backend in ready.router.registry.backends]
             assert totals == [1, 2]
 
 

@@ -11,7 +11,9 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("script", [["-m", "protos.generate"], ["docs/reference.py"]])
+@pytest.mark.parametrize(
+    "script", [["-m", "protos.generate"], ["docs/reference.py"], ["docs/errors.py"]]
+)
 def test_is_current(script: list[str]) -> None:
     if script == ["-m", "protos.generate"]:
         pytest.importorskip("grpc_tools")

@@ -222,7 +222,7 @@ def triton_core(
         max_context_tokens=model.spec.max_context_tokens,
         memory_utilization=1.0,
         kv_blocks=made.gpu_kv_blocks,
-        table=ShapeTable((1, 2, 4, 8), (6, 12), 2, host=HOST_ROWS if deferred else 0),
+        table=ShapeTable((1, 2, 4, 8), (6, 12, 28), 2, host=HOST_ROWS if deferred else 0),
         deferred=deferred,
     )
     gpu, sweeps = open_cuda(model, geometry, limits, lambda *_: None)

@@ -120,6 +120,11 @@ class Stack:
     def __post_init__(self) -> None:
         self.services = [self.cpu, self.gpu, self.router]
 
+    @property
+    def http(self) -> str:
+        """Where OpenAI's clients find the router."""
+        return f"http://{self.router.config['http_listen']}/v1"
+
 
 @contextmanager
 def running_stack(
@@ -136,7 +141,7 @@ def running_stack(
     """
     runtime = directory / "run"
     runtime.mkdir(mode=0o700, exist_ok=True)
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(3)]
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(4)]
     cpu = Service(
         "cpu_service",
         addresses[0],
@@ -156,7 +161,11 @@ def running_stack(
         "router",
         addresses[2],
         directory=directory,
-        config={"listen": addresses[2], "backends": [addresses[1]]},
+        config={
+            "listen": addresses[2],
+            "backends": [addresses[1]],
+            "http_listen": addresses[3],
+        },
     )
     stack = Stack(cpu, gpu, router)
     for service in stack.services:

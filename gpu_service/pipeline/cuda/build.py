@@ -9,8 +9,9 @@ import torch
 
 from gpu_service.kv.table import blocks_for
 from gpu_service.model.model import CausalLM, Progress
-from gpu_service.pipeline.cuda.forward import HOST_ROWS, Activations, DeviceCache, Forward
+from gpu_service.pipeline.cuda.forward import Activations, DeviceCache, Forward
 from gpu_service.pipeline.cuda.graphs import SweepGraphs
+from gpu_service.pipeline.cuda.host_rows import HOST_ROWS
 from gpu_service.pipeline.cuda.inputs import InputLimits, SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import TritonDeviceKv, layout_of
 from gpu_service.pipeline.cuda.runner import CudaSweeps

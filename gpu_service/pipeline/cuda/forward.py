@@ -6,14 +6,13 @@ waits for the host, so the same calls run at once or are captured in a CUDA grap
     then:       rows that are sampled | norm | head | largest logit
 
 Streamed rows are decode rows whose tables name staging; their KV comes and goes on branches
-(`gpu_service.pipeline.cuda.streamed`). Host rows (deferred mode) come last. On a branch beside
-attention they leave for the host, and those that left in the same layer a sweep ago take their
-place.
+(`gpu_service.pipeline.cuda.streamed`). Host rows (deferred mode) come last. Beside attention they
+leave for the host, and those that left in the same layer a sweep ago take their place
+(`gpu_service.pipeline.cuda.host_rows`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from gpu_service.model.model import CausalLM
 from gpu_service.model.sampling_limits import MOST_LISTED
 from gpu_service.pipeline.cuda.branch import Branch
 from gpu_service.pipeline.cuda.dense import dense_steps
+from gpu_service.pipeline.cuda.host_rows import HostRows
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import multiprocessors
 from gpu_service.pipeline.cuda.shapes import padded
@@ -36,9 +36,6 @@ from kernels.gpu.rms_norm import add_rms_norm
 from kernels.gpu.rope_store import rope_store
 from kernels.gpu.sampling import Sampler
 from kernels.gpu.sweep_inputs import embed, expand_tables
-
-HOST_ROWS = 16
-"""Most host rows of a sweep: one block's worth of K and V."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,6 @@ class Activations:
         self.update = empty(rows, spec.hidden_size)
         self.qkv = empty(rows, heads, spec.head_dim)
         self.q = empty(rows, spec.query_heads, spec.head_dim)
-        self.leaving = empty(2, spec.kv_heads, HOST_ROWS, spec.head_dim)
-        """K and V of host rows."""
         self.attended = torch.zeros_like(self.q)
         """Zeros: padding rows of chunks are never written, and must stay finite."""
         self.gate_up = empty(rows, 2 * spec.intermediate_size)
@@ -96,7 +91,6 @@ class Forward:
         stream: HostStream | None = None,
     ) -> None:
         spec = model.spec
-        self._exchange = exchange
         self._streamed: StreamedLayers | None = None
         if stream is not None:
             self._streamed = StreamedLayers(stream, cache.memory, cache.layout.layers, inputs)
@@ -127,13 +121,11 @@ class Forward:
             if size
         }
         self._prefill = PrefillAttention(cache.layout, spec.query_heads, model.device, processors)
-        self._branches = [Branch(model.device) for _ in range(2)]
-        """Attention of chunks computes while that of decode rows waits for memory; host rows come
-        and go meanwhile."""
-        self._leaving_layout = dataclasses.replace(
-            cache.layout, layers=1, blocks=1, block_tokens=HOST_ROWS, staging=0
-        )
-        self._leaving_slots = torch.arange(HOST_ROWS, device=model.device)
+        self._beside = Branch(model.device)
+        """Attention of chunks computes while that of decode rows waits for memory."""
+        self._host: HostRows | None = None
+        if exchange is not None:
+            self._host = HostRows(exchange, cache.layout, inputs, self._cos_sin, model.dtype)
 
     @torch.inference_mode()
     def run(self, shape: SweepShape, longest: int) -> None:
@@ -144,6 +136,10 @@ class Forward:
         `update` the state of all rows."""
         given, buffers, model = self._inputs, self._buffers, self._model
         rows = shape.rows + shape.host
+        host = self._host if shape.host else None
+        arriving = buffers.attended[shape.rows : rows]
+        if host is not None:
+            host.begin(arriving)
         if self._streamed is not None:
             self._streamed.begin()
         tables = buffers.block_tables[: shape.sequences]
@@ -162,17 +158,20 @@ class Forward:
             dense.normed(layer.qkv, added, total, layer.input_norm, qkv)
             self._attention(index, shape, longest)
             dense.plain(layer.output, buffers.attended[:rows].flatten(1), update)
+            if host is not None:
+                host.used(index, arriving)
             gate_up = buffers.gate_up[:rows]
             dense.normed(layer.gate_up, update, residual, layer.post_norm, gate_up)
             dense.gated(layer.down, gate_up, update)
         self._head(shape)
+        if host is not None:
+            host.end()
         if self._streamed is not None:
             self._streamed.end()
 
     def _attention(self, index: int, shape: SweepShape, longest: int) -> None:
         given, buffers, rows = self._inputs, self._buffers, shape.rows
-        with self._branches[1].forked(shape.host):
-            self._exchange_host_rows(index, shape)
+        left = self._leave(index, shape)
         if self._streamed is not None:
             self._streamed.ready(index)
         rope_store(
@@ -187,38 +186,27 @@ class Forward:
             eps=self._model.spec.norm_eps,
             layer=index,
         )
-        with self._branches[0].forked(shape.decode and shape.prefill):
+        with self._beside.forked(shape.decode and shape.prefill):
             self._attend_chunks(index, shape, longest)
         self._attend_decode(index, shape)
-        for branch in self._branches:
-            branch.join()
+        self._beside.join()
+        if self._host is not None and shape.host:
+            self._host.ready(left)
         if self._streamed is not None:
             self._streamed.read(index)
 
-    def _exchange_host_rows(self, index: int, shape: SweepShape) -> None:
-        if not shape.host:
-            return
-        given, buffers, exchange = self._inputs, self._buffers, self._exchange
-        assert exchange is not None
-        rows = slice(shape.rows, shape.rows + shape.host)
-        q, kv = buffers.q[rows], buffers.leaving
-        rope_store(
+    def _leave(self, index: int, shape: SweepShape) -> torch.cuda.Event | None:
+        if self._host is None or not shape.host:
+            return None
+        buffers, rows = self._buffers, slice(shape.rows, shape.rows + shape.host)
+        return self._host.leave(
+            index,
             buffers.qkv[rows],
-            self._cos_sin,
-            given.host_positions[index],
-            self._leaving_slots[: shape.host],
-            q,
-            kv[None],
-            dataclasses.replace(
-                self._cache.layout, layers=1, blocks=1, block_tokens=HOST_ROWS, staging=0
-            ),
-            qk_norm=self._qk_norms[index],
-            eps=self._model.spec.norm_eps,
+            buffers.q[rows],
+            buffers.residual[rows],
+            self._qk_norms[index],
+            self._model.spec.norm_eps,
         )
-        at = (given.host_bases, given.host_counts)
-        exchange.depart(index, q, kv[None], buffers.residual[rows], *at)
-        exchange.meet(index, *at)
-        exchange.arrive(index, buffers.attended[rows], *at)
 
     def _attend_decode(self, index: int, shape: SweepShape) -> None:
         decode, buffers = shape.decode, self._buffers

@@ -26,7 +26,7 @@ class ShapeTable:
     decode: tuple[int, ...]
     """Padded numbers of decode rows, ascending."""
     totals: tuple[int, ...]
-    """Padded numbers of all rows where there are prompt chunks, ascending."""
+    """Padded numbers of all rows, host rows included, where there are prompt chunks, ascending."""
     chunks: int
     """How many chunks those sweeps hold."""
     more_chunks: tuple[int, ...] = ()
@@ -47,23 +47,24 @@ class ShapeTable:
     def captured(self) -> Iterator[SweepShape]:
         """All padded shapes, the largest first, so that later ones fit into its memory."""
         for host in sorted({self.host, 0}, reverse=True):
-            for shape in self._captured():
+            for shape in self._captured(host):
                 yield replace(shape, host=host)
 
-    def _captured(self) -> Iterator[SweepShape]:
+    def _captured(self, host: int) -> Iterator[SweepShape]:
         for rows in reversed(self.beside_chunks):
             for total in reversed(self.totals):
-                if total > rows:
-                    yield SweepShape(rows, total - rows, self.chunks)
+                if total > rows + host:
+                    yield SweepShape(rows, total - host - rows, self.chunks)
         for rows in reversed(self.decode):
             yield SweepShape(rows, 0, 0)
 
     def shape_for(self, batch: SubBatch, *, deferred: bool = False) -> SweepShape:
         """The smallest padded shape, or where none is large enough one that fits exactly (with
         padded decode rows, since the decode kernel's workspace depends on them)."""
-        return replace(self._shape_for(batch), host=self.host if deferred else 0)
+        host = self.host if deferred else 0
+        return replace(self._shape_for(batch, host), host=host)
 
-    def _shape_for(self, batch: SubBatch) -> SweepShape:
+    def _shape_for(self, batch: SubBatch, host: int) -> SweepShape:
         rows = len(batch.gpu_decode) + len(batch.streamed)
         prefill = sum(len(chunk.token_ids) for chunk in batch.prefill)
         if not prefill:
@@ -71,8 +72,8 @@ class ShapeTable:
         decode = padded(self.beside_chunks, rows)
         if len(batch.prefill) <= self.chunks:
             for total in self.totals:
-                if total - decode >= prefill:
-                    return SweepShape(decode, total - decode, self.chunks)
+                if total - host - decode >= prefill:
+                    return SweepShape(decode, total - host - decode, self.chunks)
         sizes = (self.chunks, *self.more_chunks, len(batch.prefill))
         return SweepShape(decode, prefill, padded(sizes, len(batch.prefill)))
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 
 #include "kv_pool.hpp"
@@ -39,5 +40,20 @@ void check_batch(const KvPool& pool, const AttentionParams& params, const Attent
 // not depend on their number nor on who ran what. Blocks until done. One call at a time per ThreadPool.
 void decode_attention(ThreadPool& threads, const KvPool& pool, int32_t layer, const AttentionParams& params,
                       const AttentionBatch& batch);
+
+// One layer among several that are attended together.
+struct AttentionJob {
+  int32_t layer = 0;
+  AttentionParams params;
+  AttentionBatch batch;
+};
+
+inline constexpr std::size_t kMostJobs = 8;
+
+// The same for up to kMostJobs layers, whose work is shared out as one: nobody waits between them for the last item of
+// a layer. They come about in order. `done(i)` is called once for each, when all its results are stored, by the thread
+// that stored the last of them.
+void decode_attention(ThreadPool& threads, const KvPool& pool, std::span<const AttentionJob> jobs,
+                      const std::function<void(std::size_t)>& done);
 
 }  // namespace neo

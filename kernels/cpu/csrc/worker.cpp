@@ -93,9 +93,8 @@ uint32_t Worker::backlog() const {
   return behind;
 }
 
-void Worker::count(int64_t busy_ns) {
-  busy_ns_.fetch_add(busy_ns, std::memory_order_relaxed);
-  const auto bucket = std::lower_bound(kLayerBoundsUs.begin(), kLayerBoundsUs.end(), busy_ns / 1000);
+void Worker::count(int64_t layer_ns) {
+  const auto bucket = std::lower_bound(kLayerBoundsUs.begin(), kLayerBoundsUs.end(), layer_ns / 1000);
   layers_[bucket - kLayerBoundsUs.begin()].fetch_add(1, std::memory_order_relaxed);
 }
 
@@ -273,37 +272,67 @@ bool Worker::load(int32_t index) {
   return true;
 }
 
+AttentionJob Worker::job(int32_t index, int32_t layer) const {
+  const Lane& lane = lanes_[index];
+  const LayerRange range = lane.ranges[layer];
+  AttentionJob job{layer, params_, {}};
+  job.params.window = config_.windows.empty() ? 0 : config_.windows[layer];
+  AttentionBatch& batch = job.batch;
+  batch.rows = range.end - range.begin;
+  batch.lengths = lane.lengths.data() + range.begin;
+  batch.block_tables = lane.tables.data() + static_cast<std::size_t>(range.begin) * lane.stride;
+  batch.table_stride = lane.stride;
+  batch.q = memory_.q(index, layer, lane.sweep);
+  batch.k_new = memory_.k(index, layer, lane.sweep);
+  batch.v_new = memory_.v(index, layer, lane.sweep);
+  batch.out = memory_.o(index, layer, lane.sweep);
+  return job;
+}
+
+// All layers that have been rung for, as one piece of work: with several of a few rows each, threads would else wait
+// for each other at the end of every layer. Each is done on its own.
 void Worker::attend(int32_t index) {
   using Clock = std::chrono::steady_clock;
+  const auto nanoseconds = [start = Clock::now()] {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
+  };
   Lane& lane = lanes_[index];
-  const int32_t layer = lane.layer;
-  const LayerRange range = lane.ranges[layer];
-  if (range.end > range.begin) {
-    const auto start = Clock::now();
-    AttentionBatch batch;
-    batch.rows = range.end - range.begin;
-    batch.lengths = lane.lengths.data() + range.begin;
-    batch.block_tables = lane.tables.data() + static_cast<std::size_t>(range.begin) * lane.stride;
-    batch.table_stride = lane.stride;
-    batch.q = memory_.q(index, layer, lane.sweep);
-    batch.k_new = memory_.k(index, layer, lane.sweep);
-    batch.v_new = memory_.v(index, layer, lane.sweep);
-    batch.out = memory_.o(index, layer, lane.sweep);
-    params_.window = config_.windows.empty() ? 0 : config_.windows[layer];
-    decode_attention(threads_, pool_, layer, params_, batch);
-    uint64_t tokens = 0;
-    for (int32_t row = range.begin; row < range.end; ++row) {
-      tokens += params_.window > 0 ? std::min(lane.lengths[row], params_.window) : lane.lengths[row];
+  std::array<AttentionJob, kMostJobs> jobs;
+  std::size_t count = 0;
+  uint64_t tokens = 0;
+  int32_t end = lane.layer;
+  while (end < memory_.shape().layers && count < kMostJobs &&
+         reached(memory_.doorbell(index, end).submitted.load(std::memory_order_acquire), lane.sweep)) {
+    const int32_t layer = end++;
+    const LayerRange range = lane.ranges[layer];
+    if (range.end == range.begin) {
+      finish(index, layer);
+      continue;
     }
-    kv_bytes_.fetch_add(tokens * config_.layout.piece_bytes() / config_.layout.block_tokens, std::memory_order_relaxed);
-    rows_.fetch_add(batch.rows, std::memory_order_relaxed);
-    count(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count());
+    jobs[count] = job(index, layer);
+    const int32_t window = jobs[count++].params.window;
+    for (int32_t row = range.begin; row < range.end; ++row) {
+      tokens += window > 0 ? std::min(lane.lengths[row], window) : lane.lengths[row];
+    }
+    rows_.fetch_add(range.end - range.begin, std::memory_order_relaxed);
   }
+  if (count > 0) {
+    decode_attention(threads_, pool_, std::span(jobs.data(), count), [&](std::size_t done) {
+      this->count(nanoseconds());
+      finish(index, jobs[done].layer);
+    });
+    kv_bytes_.fetch_add(tokens * config_.layout.piece_bytes() / config_.layout.block_tokens, std::memory_order_relaxed);
+    busy_ns_.fetch_add(nanoseconds(), std::memory_order_relaxed);
+  }
+  lane.layer = end;
+}
+
+// The layer's results are stored: says so. Called by any thread.
+void Worker::finish(int32_t index, int32_t layer) {
   ControlHeader& header = memory_.header();
   fence_stores();
-  memory_.doorbell(index, layer).done.store(lane.sweep, std::memory_order_release);
+  memory_.doorbell(index, layer).done.store(lanes_[index].sweep, std::memory_order_release);
   header.progress.fetch_add(1, std::memory_order_relaxed);
-  ++lane.layer;
   ring_if_parked(header.engine_parked, header.engine_bell);
 }
 

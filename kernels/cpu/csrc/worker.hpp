@@ -73,6 +73,8 @@ class Worker {
   bool load(int32_t index);
   bool check(const Lane& lane, const std::vector<int32_t>& ids) const;
   void attend(int32_t index);
+  AttentionJob job(int32_t index, int32_t layer) const;
+  void finish(int32_t index, int32_t layer);
   void retire(int32_t index);
   bool has_work(int32_t index) const;
   bool stopping() const;
@@ -80,7 +82,7 @@ class Worker {
   void park();
   bool in_sweep() const;
   uint32_t backlog() const;
-  void count(int64_t busy_ns);
+  void count(int64_t layer_ns);
   void fail(WorkerError error, uint32_t sweep);
 
   StepMemory memory_;

@@ -92,9 +92,9 @@ class Device:
         due, state = self.waiting[layer]
         self.waiting[layer] = (it.expected(layer, lane, arrays), residual[:rows].cpu().clone())
         out = torch.full_like(q, 9.0)
-        exchange.depart(layer, q, kv, residual, self.bases, counts)
-        exchange.meet(layer, self.bases, counts)
         exchange.arrive(layer, out, self.bases, counts)
+        exchange.depart(layer, q, kv, residual, self.bases, counts)
+        exchange.ring(layer, self.bases, counts)
         assert int(exchange.status) == 0, "the host was not waited for, or did not come"
         np.testing.assert_array_equal(out[: len(due)].cpu().numpy(), due)
         assert (out[len(due) :] == 9).all()
@@ -130,9 +130,8 @@ def test_a_wait_ends_without_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         it.channel.begin_sweep([it.rows([20])], SECOND_US, device_rings=True)
         counts = torch.tensor([1, 1, 0, 2], dtype=torch.int32, device=DEVICE)
         out = torch.full((ROWS, SHAPE.query_heads, SHAPE.head_dim), 9.0, device=DEVICE)
-        exchange.meet(0, bases, counts)
-        assert int(exchange.status) == 1
         exchange.arrive(0, out, bases, counts)
+        assert int(exchange.status) == 1
         assert (out == 9).all()
 
 
@@ -145,8 +144,9 @@ def test_a_wait_ends_when_the_epoch_is_given_up() -> None:
         it.channel.begin_sweep([it.rows([20])], SECOND_US, device_rings=True)
         counts = torch.tensor([1, 1, 0, 2], dtype=torch.int32, device=DEVICE)
         it.channel.revoke()
+        out = torch.full((ROWS, SHAPE.query_heads, SHAPE.head_dim), 9.0, device=DEVICE)
         started = time.monotonic()
-        exchange.meet(0, bases, counts)
+        exchange.arrive(0, out, bases, counts)
         assert int(exchange.status) == 1
         assert time.monotonic() - started < 5
 

@@ -1,0 +1,94 @@
+"""Our own client: messages stay bytes, so that it takes little of the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from protos.neo.v1 import inference_pb2 as inference
+from protos.neo.v1 import types_pb2 as types
+
+UNARY = "/neo.v1.InferenceService/Generate"
+STREAM = "/neo.v1.InferenceService/GenerateStream"
+EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the published stubs lack it
+PROMPT_TOKENS = 128
+
+
+def request(tokens: int, identity: str = "") -> bytes:
+    message = inference.GenerateRequest(
+        request_id=identity,
+        token_ids=types.TokenIds(ids=range(1000, 1000 + PROMPT_TOKENS)),
+        sampling=types.SamplingParams(max_tokens=tokens),
+    )
+    return message.SerializeToString()
+
+
+@asynccontextmanager
+async def channels(address: str, count: int = 1) -> AsyncIterator[list[Any]]:
+    """Connections of their own."""
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    opened = [grpc.aio.insecure_channel(address, options=options) for _ in range(count)]
+    try:
+        for channel in opened:
+            await channel.channel_ready()
+        yield opened
+    finally:
+        for channel in opened:
+            await channel.close()
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """How one stream went."""
+
+    messages: int
+    tokens: int
+    """By the usage in its last message; 0 if that did not come."""
+    first_at: float | None
+    """perf_counter when its first message came."""
+    ended_at: float
+    code: grpc.StatusCode
+
+
+async def stream(channel: Any, tokens: int, identity: str = "") -> Streamed:
+    """One stream, read to its end."""
+    call = channel.unary_stream(STREAM)(request(tokens, identity))
+    messages, last, first_at = 0, b"", None
+    code = grpc.StatusCode.OK
+    try:
+        while (message := await call.read()) is not EOF:
+            first_at = first_at or time.perf_counter()
+            messages += 1
+            last = message
+    except grpc.aio.AioRpcError as error:
+        code = error.code()
+    usage = inference.GenerateStreamResponse.FromString(last).usage
+    return Streamed(messages, usage.completion_tokens, first_at, time.perf_counter(), code)
+
+
+async def streams(opened: Sequence[Any], count: int, tokens: int) -> list[Streamed]:
+    """`count` of them at once, spread over the channels."""
+    calls = (
+        stream(opened[number % len(opened)], tokens, f"stream-{number:032d}")
+        for number in range(count)
+    )
+    return await asyncio.gather(*calls)
+
+
+async def unary_seconds(channel: Any, message: bytes) -> float:
+    """Of one call that must end well."""
+    began = time.perf_counter()
+    await channel.unary_unary(UNARY)(message)
+    return time.perf_counter() - began
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(part * (len(ordered) - 1)))]

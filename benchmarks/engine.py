@@ -156,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host-kv-gib", type=float, default=8.0)
     parser.add_argument("--host-kv-dtype", default="auto")
+    parser.add_argument("--streamed-kv-blocks", type=int, default=0)
     parser.add_argument("--cpu-threads", type=int, default=0, help="0: all cores but two")
     parser.add_argument("--json", type=Path, help="write all figures here")
     return parser
@@ -181,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cpu_services=services,
             host_kv_gib=args.host_kv_gib,
             host_kv_dtype=args.host_kv_dtype,
+            streamed_kv_blocks=args.streamed_kv_blocks if services else 0,
             max_batch_tokens=args.max_batch_tokens,
             max_running_requests=args.max_running_requests,
             max_waiting_requests=1 << 20,

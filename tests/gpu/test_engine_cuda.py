@@ -42,6 +42,21 @@ HOW = {
         "force_migration_every": 7,
         "max_batch_tokens": 7,
     },
+    "streamed-3": {
+        "offload": "auto",
+        "offload_mode": "deferred",
+        "streamed_kv_blocks": 6,
+        "force_migration_every": 3,
+        "max_batch_tokens": 24,
+    },
+    # One block is left for the GPU tier's own: prompts go through staging, and come back for more.
+    "staged-prompts": {
+        "offload": "auto",
+        "offload_mode": "deferred",
+        "streamed_kv_blocks": 6,
+        "gpu_kv_blocks": 5,
+        "max_batch_tokens": 17,
+    },
 }
 WAYS = [
     (transport, how)

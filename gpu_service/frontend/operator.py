@@ -75,6 +75,10 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         )
         if self._dispatcher.load is not None:
             _fill(snapshot, self._dispatcher.load)
+        if (counters := self._dispatcher.counters) is not None:
+            snapshot.mode_seconds_total.update(counters.seconds)
+            snapshot.device_busy_seconds_total = counters.device_busy_seconds
+            snapshot.host_wait_seconds_total = counters.host_wait_seconds
         return snapshot
 
 

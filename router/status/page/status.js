@@ -79,7 +79,7 @@ function row(backend) {
   const told = modes.map(([mode, share]) => `${MODES[mode] || mode} ${Math.round(share * 100)}%`).join(" · ");
   return make("tr", { "data-address": backend.address },
     make("td", {}, backend.address, make("small", {}, backend.models.join(", "))),
-    make("td", {}, make("span", { class: "state " + backend.state }, backend.state), make("small", {}, backend.problem)),
+    make("td", {}, make("span", { class: "state " + backend.state }, backend.state), make("small", { class: "problem", title: backend.problem }, backend.problem)),
     make("td", {}, String(running)),
     make("td", {}, backend.waiting === undefined ? "–" : String(backend.waiting)),
     make("td", {}, number(backend.tokens_per_second || 0)),

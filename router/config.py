@@ -22,8 +22,11 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
     backends: tuple[str, ...] = ()
     """gRPC addresses of the gpu_services; at least one."""
 
-    policy: str = "kv-pressure"
-    """Which backend gets a call: `kv-pressure`."""
+    policy: str = "predicted-wait"
+    """Which backend gets a call: `predicted-wait` (the least), `kv-pressure` (the least),
+    `power-of-two` (the better of two drawn), `prefix` (where prompts that begin alike went),
+    `session` (where calls with the same x-neo-session-id went) or `round-robin`. The two before the
+    last keep to a quarter above each backend's share."""
     model_policies: tuple[str, ...] = ()
     """Other policies for some models, as MODEL=POLICY."""
     default_model: str = ""

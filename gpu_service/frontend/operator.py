@@ -96,6 +96,7 @@ def _fill(snapshot: pb.LoadSnapshot, load: Load) -> None:
         "iterations_total",
         "iteration_seconds",
         "output_tokens_per_second",
+        "prompt_tokens_per_second",
     ):
         setattr(snapshot, name, getattr(load, name))
 
@@ -106,4 +107,6 @@ def _tier(load: TierLoad) -> pb.TierLoad:
         free_blocks=load.free_blocks,
         running_requests=load.running_requests,
         tokens_total=load.tokens_total,
+        freed_tokens_per_second=load.freed_tokens_per_second,
+        token_seconds=load.token_seconds,
     )

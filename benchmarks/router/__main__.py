@@ -15,9 +15,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.fingerprint import fingerprint
-from benchmarks.router.cases import CASES, FULL, SMALL, Figures
+from benchmarks.router.cases import CASES, FULL, NEED_FOLDER, SMALL, Figures
 from benchmarks.router.processes import Cpus
+from neo_client.fingerprint import fingerprint
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             print(f"{name} ...", file=sys.stderr, flush=True)
-            more = (Path(folder),) if name == "refusals" else ()
+            more = (Path(folder),) if name in NEED_FOLDER else ()
             results[name] = CASES[name](SMALL if args.small else FULL, cpus, *more)
             print(table({name: results[name]}), flush=True)
+    print(targets(results))
     if args.json:
         found = {
             "machine": fingerprint(),
@@ -51,12 +52,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json.write_text(json.dumps(found, indent=1))
 
 
+TARGETS = (
+    ("latency", "router_added_p50_ms", "added to a unary call, p50", "<= 0.4 ms"),
+    ("latency", "router_added_p99_ms", "added to a unary call, p99", "<= 1 ms"),
+    ("relay", "ratio", "tokens per CPU second, times the plain proxy's", ">= 1.5"),
+    ("relay", "router_tokens_per_second", "one-token messages, joined under load", ">= 20,000/s"),
+    ("many", "streams", "streams at once", "5,000"),
+    ("many", "growth", "memory while they are open, last quarter / first", "flat"),
+    ("refusals", "p99_ms", "refusals under load, p99", "< 5 ms"),
+    ("killed", "failed_without_token", "failed without a token when an engine is killed", "0"),
+)
+"""case, figure, what it is, what it should be on a quiet machine."""
+
+
+def targets(results: dict[str, Figures]) -> str:
+    lines = ["", "| what | target | measured |", "| --- | --- | --- |"]
+    for case, figure, what, wanted in TARGETS:
+        if case in results:
+            lines.append(f"| {what} | {wanted} | {shown(results[case][figure])} |")
+    return "\n".join(lines)
+
+
+def shown(value: float) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
+
+
 def table(results: dict[str, Figures]) -> str:
     lines = []
     for case, figures in results.items():
         for name, value in figures.items():
-            shown = f"{value:,.3f}" if isinstance(value, float) else f"{value:,}"
-            lines.append(f"| {case} | {name} | {shown} |")
+            lines.append(f"| {case} | {name} | {shown(value)} |")
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from benchmarks.router import load, processes
+from benchmarks.router import k6, load, processes
 from benchmarks.router.processes import Cpus, Process
 
 Figures = dict[str, Any]
 MS = 1e3
+OPENED_PER_SECOND = 300
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Sizes:
     seconds: float
 
 
-FULL = Sizes(5, 400, 64, 400, 5000, 40.0, 8.0)
+FULL = Sizes(5, 400, 64, 1000, 5000, 60.0, 8.0)
 SMALL = Sizes(1, 5, 4, 20, 20, 0.5, 0.5)
 
 
@@ -164,9 +165,7 @@ async def _many(process: Process, count: int, tokens: int) -> Figures:
         await load.streams(opened, 8, 2)
         idle = process.resident_mib()
         began = time.perf_counter()
-        running = asyncio.gather(
-            *(load.stream(opened[number % 4], tokens, f"s{number}") for number in range(count))
-        )
+        running = asyncio.create_task(_opened_slowly(opened, count, tokens))
         resident = [(0.0, idle)]
         while not (await asyncio.wait([running], timeout=0.2))[0]:
             resident.append((time.perf_counter() - began, process.resident_mib()))
@@ -175,17 +174,31 @@ async def _many(process: Process, count: int, tokens: int) -> Figures:
     assert codes == {"OK": count}, f"streams ended with {codes}"
     assert sum(each.tokens for each in done) == count * tokens
     opened_by = max(each.first_at or 0.0 for each in done) - began
-    inside = [(at, mib) for at, mib in resident if at > opened_by] or resident
+    until = min(each.ended_at for each in done) - began
+    inside = [(at, mib) for at, mib in resident if opened_by < at < until] or resident
     fourth = max(1, len(inside) // 4)
+    first = statistics.mean(mib for _, mib in inside[:fourth])
+    last = statistics.mean(mib for _, mib in inside[-fourth:])
     return {
         "streams": count,
-        "all_open_after_seconds": opened_by,
+        "all_open_seconds": until - opened_by,
         "idle_mib": idle,
         "peak_mib": max(mib for _, mib in resident),
         "kib_per_stream": (max(mib for _, mib in inside) - idle) * 1024 / count,
-        "first_quarter_mib": statistics.mean(mib for _, mib in inside[:fourth]),
-        "last_quarter_mib": statistics.mean(mib for _, mib in inside[-fourth:]),
+        "first_quarter_mib": first,
+        "last_quarter_mib": last,
+        "growth": last / first,
     }
+
+
+async def _opened_slowly(opened: Sequence[Any], count: int, tokens: int) -> list[load.Streamed]:
+    """All at once would measure how fast calls are taken, not how many are held."""
+    streams = []
+    for number in range(count):
+        streams.append(asyncio.create_task(load.stream(opened[number % 4], tokens, f"s{number}")))
+        if number % 4 == 0:
+            await asyncio.sleep(4 / OPENED_PER_SECOND)
+    return await asyncio.gather(*streams)
 
 
 def refusals(sizes: Sizes, cpus: Cpus, folder: Path) -> Figures:
@@ -193,22 +206,24 @@ def refusals(sizes: Sizes, cpus: Cpus, folder: Path) -> Figures:
     Sent at a steady pace, whether or not those before were answered."""
     tenants = folder / "tenants.yaml"
     tenants.write_text(f"max_running: {sizes.streams}\nmax_queued: 0\n")
+    tokens = round((sizes.seconds + 60) * 50)
+    readers = ["--streams", str(sizes.streams), "--tokens", str(tokens)]
     with (
-        processes.engines(1, ["--step-ms", "20", "--merge"], cpus) as (engine,),
+        processes.engines(2, ["--step-ms", "20", "--merge"], cpus) as (engine, idle),
         processes.router([engine], ["--tenants", str(tenants)], cpus) as through,
+        processes.client(through, readers, cpus),
     ):
-        return asyncio.run(_refusals(through, sizes))
+        return asyncio.run(_refusals(through, idle, sizes))
 
 
-async def _refusals(process: Process, sizes: Sizes) -> Figures:
-    tokens = round((sizes.seconds + 2) * 50)
-    per_second = 200
+async def _refusals(process: Process, idle: Process, sizes: Sizes) -> Figures:
+    """idle: an engine that answers such calls beside, to tell what the machine does to times."""
+    per_second = 100
     message = load.request(1)
-    async with load.channels(process.address) as (busy,), load.channels(process.address) as (new,):
-        running = asyncio.gather(*(load.stream(busy, tokens) for _ in range(sizes.streams)))
-        await asyncio.sleep(0.5)
-        took: list[float] = []
-        codes: Counter[str] = Counter()
+    took: list[float] = []
+    beside: list[float] = []
+    codes: Counter[str] = Counter()
+    async with load.channels(process.address) as (new,), load.channels(idle.address) as (direct,):
 
         async def refused() -> None:
             began = time.perf_counter()
@@ -219,14 +234,24 @@ async def _refusals(process: Process, sizes: Sizes) -> Figures:
                 codes[error.code().name] += 1
                 took.append(time.perf_counter() - began)
 
-        calls, used = [], process.cpu_seconds()
+        async def answered() -> None:
+            beside.append(await load.unary_seconds(direct, message))
+
+        async with asyncio.timeout(30):
+            while "RESOURCE_EXHAUSTED" not in codes:  # until the readers have taken all places
+                await refused()
+                await asyncio.sleep(0.1)
+        took.clear()
+        codes.clear()
+
+        calls: list[asyncio.Task[None]] = []
+        used = process.cpu_seconds()
         began = time.perf_counter()
-        for number in range(round(sizes.seconds * per_second)):
-            await asyncio.sleep(began + number / per_second - time.perf_counter())
-            calls.append(asyncio.create_task(refused()))
+        for number in range(round(sizes.seconds * 2 * per_second)):
+            await asyncio.sleep(began + number / (2 * per_second) - time.perf_counter())
+            calls.append(asyncio.create_task(answered() if number % 2 else refused()))
         await asyncio.gather(*calls)
         cpu = (process.cpu_seconds() - used) / (time.perf_counter() - began)
-        running.cancel()
     assert set(codes) == {"RESOURCE_EXHAUSTED"}, f"ended with {codes}"
     return {
         "refused": len(took),
@@ -236,6 +261,8 @@ async def _refusals(process: Process, sizes: Sizes) -> Figures:
         "p50_ms": load.percentile(took, 0.5) * MS,
         "p99_ms": load.percentile(took, 0.99) * MS,
         "max_ms": max(took) * MS,
+        "without_router_p50_ms": load.percentile(beside, 0.5) * MS,
+        "without_router_p99_ms": load.percentile(beside, 0.99) * MS,
     }
 
 
@@ -274,6 +301,31 @@ async def _killed(process: Process, victim: Process, sizes: Sizes) -> Figures:
     }
 
 
+def independent(sizes: Sizes, cpus: Cpus, folder: Path) -> Figures:
+    """k6 instead of our client: a unary call alone, with and without the router; and streams, as
+    fast as they come."""
+    figures: Figures = {}
+    alone = k6.Work("unary", 1, sizes.calls, 1)
+    many_streams = k6.Work("stream", sizes.streams, 1, sizes.tokens)
+    with (
+        processes.engines(1, [], cpus) as (engine,),
+        processes.router([engine], [], cpus) as through,
+    ):
+        for way, process in (("direct", engine), ("router", through)):
+            took = k6.run(process, alone, cpus, folder)["grpc_req_duration"]
+            figures |= {f"{way}_p50_ms": took["med"], f"{way}_p99_ms": took["p(99)"]}
+        began, busy = time.perf_counter(), through.cpu_seconds()
+        streamed = k6.run(through, many_streams, cpus, folder)
+        cpu, wall = through.cpu_seconds() - busy, time.perf_counter() - began
+    tokens = streamed["tokens"]["count"]
+    assert tokens == sizes.streams * sizes.tokens, f"{tokens} tokens"
+    return figures | {
+        "tokens_per_second": tokens / wall,
+        "tokens_per_cpu_second": tokens / max(cpu, 0.01),
+        "tokens_per_message": tokens / streamed["messages"]["count"],
+    }
+
+
 CASES: Mapping[str, Callable[..., Figures]] = {
     "latency": added_latency,
     "relay": relayed,
@@ -281,4 +333,6 @@ CASES: Mapping[str, Callable[..., Figures]] = {
     "many": many,
     "refusals": refusals,
     "killed": killed,
+    "k6": independent,
 }
+NEED_FOLDER = frozenset({"refusals", "k6"})

@@ -139,7 +139,12 @@ def handler(serving: Engine) -> grpc.GenericRpcHandler[Any, Any]:
 
 async def serve(listen: str, speed: Speed) -> None:
     serving = Engine(speed)
-    options = [("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", 20_000)]
+    options = [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", 20_000),
+        ("grpc.server.max_pending_requests", 100_000),
+        ("grpc.server.max_pending_requests_hard_limit", 100_000),
+    ]
     server = grpc.aio.server(options=options)
     server.add_generic_rpc_handlers((handler(serving),))
     engine_pb2_grpc.add_EngineServiceServicer_to_server(serving, server)

@@ -1,7 +1,11 @@
-"""Our own client: messages stay bytes, so that it takes little of the machine."""
+"""Our own client: messages stay bytes, so that it takes little of the machine.
+
+`python -m benchmarks.router.load --address HOST:PORT --streams N --tokens N` reads streams.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -92,3 +96,22 @@ async def unary_seconds(channel: Any, message: bytes) -> float:
 def percentile(values: Sequence[float], part: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(part * (len(ordered) - 1)))]
+
+
+async def run(address: str, count: int, tokens: int) -> None:
+    async with channels(address) as opened:
+        await streams(opened, count, tokens)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--listen", help="not used; all processes of a benchmark get one")
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--streams", type=int, required=True)
+    parser.add_argument("--tokens", type=int, required=True)
+    args = parser.parse_args()
+    asyncio.run(run(args.address, args.streams, args.tokens))
+
+
+if __name__ == "__main__":
+    main()

@@ -103,6 +103,13 @@ def proxy(backend: Process, cpus: Cpus) -> Iterator[Process]:
         yield process
 
 
+@contextmanager
+def client(server: Process, flags: Sequence[str], cpus: Cpus) -> Iterator[None]:
+    """Streams of a process of its own, so that reading them takes no time from who measures."""
+    with started("benchmarks.router.load", ["--address", server.address, *flags], cpus.others):
+        yield
+
+
 def wait_ready(address: str) -> None:
     """Until it answers, which includes what is behind it."""
     deadline = time.monotonic() + READY_SECONDS

@@ -34,6 +34,10 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # A burst that we did not get to yet would otherwise end as CANCELLED, at random from 1000 calls
+    # on: what is too much is for us to refuse, with a reason and a delay.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
 )
 
 

@@ -173,3 +173,14 @@ def test_a_metrics_port_that_cannot_be_is_one_sentence() -> None:
         metrics.endpoint(CollectorRegistry(), 65536),
     ):
         pass
+
+
+async def test_a_burst_of_calls_is_taken_whole() -> None:
+    """gRPC's own bound would end some of them with CANCELLED from 1000 waiting ones on."""
+    async with serving() as (_, _, channel):
+        stub: Any = pb_grpc.InferenceServiceStub(channel)
+        calls = [stub.Tokenize(pb.TokenizeRequest(text="a"), timeout=120) for _ in range(3500)]
+        async with asyncio.timeout(120):
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        assert not failures, failures[0]

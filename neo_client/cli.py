@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import grpc
 
-from neo_client.commands import bench, chat, demo, doctor, drain, generate, keys, load, serve
+from neo_client.commands import bench, chat, demo, doctor, drain, generate, keys, load, plan, serve
 from neo_client.errors import explain
 
-COMMANDS = (serve, generate, chat, load, bench, drain, keys, doctor, demo)
+COMMANDS = (serve, generate, chat, load, bench, plan, drain, keys, doctor, demo)
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130

@@ -5,6 +5,7 @@ with serve_pages({"/metrics": render}, port=9100, setting="metrics_port"): ...
 
 from __future__ import annotations
 
+import re
 import socketserver
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
     local: ClassVar[bool]
 
     def do_GET(self) -> None:
-        if self.local and self.headers.get("Host", "").rpartition(":")[0] not in LOCAL_NAMES:
+        if self.local and self._host() not in LOCAL_NAMES:
             # A page of somebody else's, whose name was made to point here, must read nothing.
             self.send_error(HTTPStatus.FORBIDDEN)
             return
@@ -59,6 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(page.body)
 
     do_HEAD = do_GET
+
+    def _host(self) -> str:
+        """What the client calls this machine, without the port."""
+        return re.sub(r":\d+$", "", self.headers.get("Host", ""))
 
     def log_message(self, format: str, *args: Any) -> None:
         """A scrape every few seconds is no news."""

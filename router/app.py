@@ -31,6 +31,7 @@ from router.metrics import RouterMetrics
 from router.policies import POLICIES
 from router.registry import Registry
 from router.service import RouterServicer
+from router.status.server import StatusPage
 
 ROUTER_SERVICE = router_pb2.DESCRIPTOR.services_by_name["RouterService"]
 DRAIN_CALL_SECONDS = 10.0
@@ -98,8 +99,9 @@ class Router:
             self.http = http_listener(
                 config, forwarder, self.registry.usable, self.server, self.collector
             )
+        self.status = StatusPage(lambda: self.registry.backends, self._metrics.recent)
         self._news = asyncio.Event()
-        self._health: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         limit = self.config.max_message_mib << 20
@@ -136,7 +138,9 @@ class Router:
             self.registry.on_change(self.admission.turn)
         self.registry.start()
         self.pace.start()
-        self._health = asyncio.create_task(self._follow_backends(), name="health")
+        self._tasks.append(asyncio.create_task(self._follow_backends(), name="health"))
+        if self.config.status_port:
+            self._tasks.append(asyncio.create_task(self.status.run(), name="status"))
         log.info("listening on %s, backends %s", address, ", ".join(self.config.backends))
         return address
 
@@ -158,9 +162,9 @@ class Router:
         finished = await self.server.drain(self.config.drain_grace_seconds)
         if self.http is not None:
             await self.http.stop()
-        if self._health is not None:
-            self._health.cancel()
-            await asyncio.gather(self._health, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.registry.close()
         self.pace.stop()
         return finished
@@ -180,7 +184,10 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
 async def serve(config: RouterConfig) -> None:
     """Until SIGTERM or SIGINT. Raises ValueError when it cannot start."""
     router = Router(config)
-    with metrics.endpoint(router.collector, config.metrics_port):
+    with (
+        metrics.endpoint(router.collector, config.metrics_port),
+        router.status.serve(config.status_port),
+    ):
         await router.start()
         # What is there now stays: looking through it again and again, the collector would hold up
         # every call for milliseconds.

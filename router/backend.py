@@ -9,24 +9,31 @@ import grpc
 import grpc.aio
 
 from protos.neo.v1 import engine_pb2 as engine
-from router.views import BackendState, BackendView, LoadView
+from router.calls import OpenCall, OpenCalls
+from router.views import BackendState, BackendView, LoadView, TierView
 
-SETTLE_SECONDS = 0.05
-"""A call may take this long to show up in the backend's snapshots."""
 SUSPECT_BASE_SECONDS = 0.25
 SUSPECT_MAX_SECONDS = 10.0
 
 
 def load_view(load: engine.LoadSnapshot) -> LoadView:
-    total = load.gpu.total_blocks + load.host.total_blocks
-    free = load.gpu.free_blocks + load.host.free_blocks
     return LoadView(
-        total_tokens=total * load.block_tokens,
-        used_tokens=max(0, total - free) * load.block_tokens,
-        running_requests=load.gpu.running_requests + load.host.running_requests,
+        gpu=_tier_view(load.gpu, load.block_tokens),
+        host=_tier_view(load.host, load.block_tokens),
         waiting_requests=load.waiting_requests,
         waiting_prompt_tokens=load.waiting_prompt_tokens,
         max_waiting_requests=load.max_waiting_requests,
+        prompt_tokens_per_second=load.prompt_tokens_per_second,
+    )
+
+
+def _tier_view(load: engine.TierLoad, block_tokens: int) -> TierView:
+    return TierView(
+        total_tokens=load.total_blocks * block_tokens,
+        used_tokens=max(0, load.total_blocks - load.free_blocks) * block_tokens,
+        running_requests=load.running_requests,
+        freed_tokens_per_second=load.freed_tokens_per_second,
+        token_seconds=load.token_seconds,
     )
 
 
@@ -40,7 +47,7 @@ class Backend:
     def __init__(self, address: str, channel: grpc.aio.Channel, stale_seconds: float) -> None:
         self.address = address
         self.channel = channel
-        self.calls_total = 0
+        self.calls = OpenCalls()
         self.failures_total = 0
         self.removed = False
         """No longer one of the router's backends; forgotten when its calls have ended."""
@@ -50,7 +57,6 @@ class Backend:
         self.load_at = 0.0
         self._load_view: LoadView | None = None
         self._stale_seconds = stale_seconds
-        self._open: dict[int, float] = {}  # call number -> when it was sent, oldest first
         self._failed_watches = 2  # DOWN until the first snapshot
         self._watch_problem = "not reached yet"
         self._failed_calls = 0
@@ -58,14 +64,20 @@ class Backend:
         self._on_idle: Callable[[], None] = lambda: None
 
     @property
+    def calls_total(self) -> int:
+        """Sent to it, those that ended included."""
+        return self.calls.total
+
+    @property
     def in_flight(self) -> int:
-        return len(self._open)
+        return len(self.calls)
 
     # What the load stream says -----------------------------------------------------------------
 
     def snapshot(self, load: engine.LoadSnapshot, now: float) -> None:
         self.load = load
         self.load_at = now
+        self.calls.reported(now)
         self._load_view = load_view(load)
         self.models = tuple(load.models) or self.models
         self._failed_watches = 0
@@ -79,16 +91,13 @@ class Backend:
     # How calls go ------------------------------------------------------------------------------
 
     @contextmanager
-    def call(self, now: float) -> Iterator[None]:
-        """Counts one call as open."""
-        number = self.calls_total
-        self.calls_total += 1
-        self._open[number] = now
+    def call(self, now: float, prompt_tokens: int = 0) -> Iterator[OpenCall]:
+        """Counts one call as open. prompt_tokens: see CallKeys."""
         try:
-            yield
+            with self.calls.call(now, prompt_tokens) as call:
+                yield call
         finally:
-            del self._open[number]
-            if not self._open:
+            if not self.calls:
                 self._on_idle()
 
     def on_idle(self, callback: Callable[[], None]) -> None:
@@ -133,18 +142,9 @@ class Backend:
             address=self.address,
             state=self.assess(now)[0],
             load=self._load_view,
-            in_flight=self.in_flight,
-            unseen=self._unseen(),
+            own=self.calls.view(now),
             age_seconds=now - self.load_at if self.load is not None else 0.0,
         )
-
-    def _unseen(self) -> int:
-        count = 0
-        for sent_at in reversed(self._open.values()):
-            if sent_at < self.load_at - SETTLE_SECONDS:
-                break
-            count += 1
-        return count
 
     async def close(self) -> None:
         await self.channel.close(None)

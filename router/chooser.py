@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from neo_common.errors import Reason, ServiceError
 from router.keys import CallKeys
-from router.policies import Policy, choose
+from router.policies import BY_PREFIX, Policy, choose
+from router.prefixes import PrefixIndex, names_of
 from router.views import BackendView, CallView
 
 Served = Sequence[tuple[tuple[str, ...], BackendView]]
@@ -34,6 +35,7 @@ class Chooser:
         self._default_model = default_model
         self._draw = draw
         self._turn = 0
+        self._index = PrefixIndex()
 
     def choose(
         self,
@@ -50,8 +52,19 @@ class Chooser:
         self._turn += 1
         # Ties go to the first: let each be it in turn.
         turn = self._turn % max(1, len(views))
-        call = CallView(session=keys.session, turn=self._turn, chance=self._draw())
-        return choose(policy, views[turn:] + views[:turn], call, tried, with_room=with_room)
+        names = names_of(keys.prompt) if policy in BY_PREFIX else ()
+        call = CallView(
+            prompt_tokens=keys.prompt_tokens,
+            session=keys.session,
+            prefix=names,
+            known=self._index.known(names),
+            turn=self._turn,
+            chance=self._draw(),
+        )
+        address = choose(policy, views[turn:] + views[:turn], call, tried, with_room=with_room)
+        if names and address is not None:
+            self._index.record(names, address)
+        return address
 
     def _serving(self, served: Served, model: str) -> tuple[list[BackendView], str]:
         """The backends that have it, and its name. One that has not said what it serves is asked

@@ -22,8 +22,11 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
     backends: tuple[str, ...] = ()
     """gRPC addresses of the gpu_services; at least one."""
 
-    policy: str = "kv-pressure"
-    """Which backend gets a call: `kv-pressure`."""
+    policy: str = "predicted-wait"
+    """Which backend gets a call: `predicted-wait` (the least), `kv-pressure` (the least),
+    `power-of-two` (the better of two drawn), `prefix` (where prompts that begin alike went),
+    `session` (where calls with the same x-neo-session-id went) or `round-robin`. The two before the
+    last keep to a quarter above each backend's share."""
     model_policies: tuple[str, ...] = ()
     """Other policies for some models, as MODEL=POLICY."""
     default_model: str = ""
@@ -66,6 +69,9 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
     """How long SIGTERM lets live calls finish; longer than a gpu_service's own grace."""
     metrics_port: int = 0
     """Prometheus endpoint on this port; 0 means none."""
+    status_port: int = 0
+    """Status page for people at http://127.0.0.1:PORT/; 0 means none. This machine alone can open
+    it, or who forwards the port."""
     log_level: str = "info"
     """`debug`, `info`, `warning` or `error`."""
     log_format: str = "text"
@@ -106,7 +112,8 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0")
         for name in (
-            "drain_grace_seconds", "metrics_port", "retry_ratio", "retry_base_ms", "retry_max_ms"
+            "drain_grace_seconds", "metrics_port", "status_port", "retry_ratio", "retry_base_ms",
+            "retry_max_ms",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

@@ -25,6 +25,7 @@ from protos.neo.v1 import inference_pb2
 from router.admission.calls import admitted
 from router.admission.gate import Admission
 from router.backend import Backend
+from router.calls import OpenCall
 from router.joining import JOINABLE, Joined, Pace
 from router.keys import CallKeys, keys_of
 from router.limits import Gate
@@ -160,10 +161,11 @@ class Forwarder:
         with self._budgeted():
             while backend := await self._next(keys, tried, failure, measured):
                 tried.append(backend.address)
-                with self._attempt(backend, path, request, context) as attempt:
+                with self._attempt(backend, path, request, context, keys) as (attempt, call):
                     failure = await attempt.first()
                     answered = failure is None
                     if answered:
+                        call.answered(self._clock())
                         failure = await attempt.rest(pass_on)
                 self._note(backend, failure)
                 if failure is None:
@@ -183,14 +185,14 @@ class Forwarder:
 
     @contextlib.contextmanager
     def _attempt(
-        self, backend: Backend, path: str, request: bytes, context: Context
-    ) -> Iterator[Attempt]:
+        self, backend: Backend, path: str, request: bytes, context: Context, keys: CallKeys
+    ) -> Iterator[tuple[Attempt, OpenCall]]:
         """Counted as open on the backend while the block runs."""
-        with backend.call(self._clock()):
+        with backend.call(self._clock(), keys.prompt_tokens) as call:
             unary = path in self._unary_paths
             attempt = Attempt(backend.channel, path, request, context, unary=unary)
             try:
-                yield attempt
+                yield attempt, call
             finally:
                 attempt.end()
 

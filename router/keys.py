@@ -22,6 +22,8 @@ class CallKeys:
     """Empty when the client did not say."""
     prompt: bytes = field(default=b"", repr=False)
     """How the prompt begins; see router.peek."""
+    prompt_tokens: int = 0
+    """How many it has, about; 0 when nothing is known."""
 
 
 def keys_of(path: str, request: bytes, metadata: Any) -> CallKeys:
@@ -33,4 +35,4 @@ def keys_of(path: str, request: bytes, metadata: Any) -> CallKeys:
             session = (value if isinstance(value, bytes) else value.encode())[:MAX_SESSION_BYTES]
         elif key == MODEL_HEADER and not model:
             model = value.decode(errors="replace") if isinstance(value, bytes) else value
-    return CallKeys(model, session, peeked.prompt)
+    return CallKeys(model, session, peeked.prompt, peeked.prompt_tokens)

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from neo_common.errors import ServiceError
 from router.backend import Backend
+from router.status.recent import RecentCalls
 from router.views import BackendState
 
 FIRST_MESSAGE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -26,6 +27,7 @@ class Measured:
         self._started = metrics.clock()
         self._attempts = 0
         self._answered = False
+        metrics.recent.started()
 
     def attempt(self, backend: str) -> None:
         """The call goes to `backend`."""
@@ -40,7 +42,9 @@ class Measured:
             self._answered = True
             waited = self._metrics.clock() - self._started
             self._metrics.first_message.labels(self._method).observe(waited)
+            self._metrics.recent.first_message(waited)
         self._metrics.messages.inc()
+        self._metrics.recent.message()
 
 
 class RouterMetrics:
@@ -50,6 +54,7 @@ class RouterMetrics:
         self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.clock = clock
+        self.recent = RecentCalls()
         self.calls = Counter(
             "neo_router_calls", "Calls by method and final status.", ["method", "code"],
             registry=registry,
@@ -93,6 +98,8 @@ class RouterMetrics:
             raise
         finally:
             self.calls.labels(method, measured.code).inc()
+            if measured.code not in ("OK", "CANCELLED"):
+                self.recent.failed()
 
     def update(self, backends: tuple[Backend, ...], now: float) -> None:
         """Bring the gauges up to date."""

@@ -18,6 +18,10 @@ from protos.neo.v1 import inference_pb2 as inference
 
 PROMPT_BYTES = 16 << 10
 """As much of a prompt is looked at."""
+TEXT_BYTES = 4
+"""Of a token in text: an average of languages and tokenizers, good enough to compare queues."""
+ID_BYTES = 2
+"""Of a token as a number: most take two, those above 16,383 three."""
 _LENGTH_DELIMITED = 2
 _BYTES_OF = {1: 8, 5: 4}  # of fixed64 and fixed32
 
@@ -28,6 +32,8 @@ class Peeked:
     """"" when the request names none, or has no such field."""
     prompt: bytes = field(default=b"", repr=False)
     """How the prompt begins, in whatever form it was sent: equal beginnings are equal bytes."""
+    prompt_tokens: int = 0
+    """How many it has, about."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def peek(path: str, request: bytes) -> Peeked:
     layout = LAYOUTS.get(path)
     if layout is None:
         return Peeked()
-    model, prompt = b"", (0, 0)
+    model, prompt, per_token = b"", (0, 0), TEXT_BYTES
     try:
         for number, start, end in fields(request, 0, len(request)):
             if number == layout.model:
@@ -101,7 +107,10 @@ def peek(path: str, request: bytes) -> Peeked:
                 # Of several inputs the longest is the prompt; elsewhere the last one counts.
                 if layout is not _INFER or found[1] - found[0] > prompt[1] - prompt[0]:
                     prompt = found
-        return Peeked(model.decode(), request[prompt[0] : min(prompt[1], prompt[0] + PROMPT_BYTES)])
+                    per_token = ID_BYTES if layout.prompts[number][0] else TEXT_BYTES
+        start, end = prompt
+        tokens = (end - start) // per_token
+        return Peeked(model.decode(), request[start : min(end, start + PROMPT_BYTES)], tokens)
     except (IndexError, UnicodeDecodeError):
         return Peeked()
 

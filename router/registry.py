@@ -138,13 +138,12 @@ class Registry:
         infinite when none is usable, which is for `choose` to say."""
         now = self._clock()
         views = (backend.view(now) for backend in self._backends.values())
-        loads = [
-            (v.load, v.unseen) for v in views if v.state in (BackendState.UP, BackendState.SUSPECT)
-        ]
+        usable = (BackendState.UP, BackendState.SUSPECT)
+        loads = [(view.load, view.own.unseen) for view in views if view.state in usable]
         if not loads:
             return float("inf")
         return sum(
-            max(0, waiting - unseen - (load.waiting_requests if load else 0))
+            max(0.0, waiting - unseen - (load.waiting_requests if load else 0))
             for load, unseen in loads
         )
 

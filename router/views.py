@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from router.calls import OwnCalls
+
 
 class BackendState(enum.Enum):
     """See neo.v1.BackendState."""
@@ -16,17 +18,48 @@ class BackendState(enum.Enum):
 
 
 @dataclass(frozen=True)
+class TierView:
+    """One tier's KV."""
+
+    total_tokens: int = 0
+    """Room; 0 means that there is no such tier."""
+    used_tokens: int = 0
+    running_requests: int = 0
+    freed_tokens_per_second: float = 0.0
+    """Given back by requests that end or leave; 0 means unknown, as below."""
+    token_seconds: float = 0.0
+    """Between two tokens of a request here."""
+
+    @property
+    def free_tokens(self) -> int:
+        return self.total_tokens - self.used_tokens
+
+
+@dataclass(frozen=True)
 class LoadView:
     """The part of a neo.v1.LoadSnapshot that the choice needs."""
 
-    total_tokens: int
-    """KV room of both tiers."""
-    used_tokens: int
-    running_requests: int
-    waiting_requests: int
-    waiting_prompt_tokens: int
-    max_waiting_requests: int
+    gpu: TierView
+    host: TierView
+    waiting_requests: int = 0
+    waiting_prompt_tokens: int = 0
+    max_waiting_requests: int = 0
     """0 means no bound."""
+    prompt_tokens_per_second: float = 0.0
+    """While prompts are computed; 0 means unknown."""
+
+    @property
+    def total_tokens(self) -> int:
+        """KV room of both tiers, and below what is used of it, and by how many."""
+        return self.gpu.total_tokens + self.host.total_tokens
+
+    @property
+    def used_tokens(self) -> int:
+        return self.gpu.used_tokens + self.host.used_tokens
+
+    @property
+    def running_requests(self) -> int:
+        return self.gpu.running_requests + self.host.running_requests
 
 
 @dataclass(frozen=True)
@@ -37,10 +70,8 @@ class BackendView:
     state: BackendState
     load: LoadView | None
     """None before the first snapshot."""
-    in_flight: int
-    """Calls that this router has open on it."""
-    unseen: int
-    """Those of them that are younger than the snapshot, and so not counted in it."""
+    own: OwnCalls = OwnCalls()  # noqa: RUF009 -- frozen
+    """This router's calls on it."""
     age_seconds: float = 0.0
     """Of the snapshot."""
 
@@ -48,15 +79,17 @@ class BackendView:
     def requests(self) -> int:
         """On it now, as far as can be known: this router's and others'."""
         if self.load is None:
-            return self.in_flight
+            return self.own.open
         known = self.load.running_requests + self.load.waiting_requests
-        return max(known + self.unseen, self.in_flight)
+        return max(known + self.own.unseen, self.own.open)
 
 
 @dataclass(frozen=True)
 class CallView:
     """One call at the moment of choosing."""
 
+    prompt_tokens: int = 0
+    """Of its prompt, about; 0 when nothing is known."""
     session: bytes = b""
     """Calls with the same one belong together; empty when its client did not say."""
     prefix: tuple[bytes, ...] = ()

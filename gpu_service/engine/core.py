@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from gpu_service.engine.counters import WorkCounters
 from gpu_service.engine.messages import Abort, Command, Load, Output, Shutdown, Submit, TierLoad
-from gpu_service.engine.statistics import IterationStatistics
+from gpu_service.engine.statistics import IterationStatistics, LoadRates
 from gpu_service.model.sampling import SamplingRow
 from gpu_service.model.structured import Guide, Guides
 from gpu_service.offload.host_tier import HostTier
@@ -104,6 +104,7 @@ class EngineCore:
         self._guides = guides
         self._sampling = SamplingRows(scheduler.state.running_by_key, guides)
         self._statistics = IterationStatistics()
+        self._rates = LoadRates()
         self._work = WorkCounters()
         self._tokens = dict.fromkeys(Tier, 0)
         self._stopping = False
@@ -188,6 +189,7 @@ class EngineCore:
             self.scheduler.observe_host_sweep(1e3 * (now - started), plan.mode)
         self.scheduler.update(plan, result, now, now - started)
         self._statistics.observe(now - started, len(result.tokens))
+        self._rates.observe(plan, self.scheduler.state.given_back_tokens, now - started)
         self._work.count(plan, result, now - started)
         if self.observe is not None:
             self.observe(plan, result, now - started)
@@ -224,7 +226,13 @@ class EngineCore:
             iterations_total=self._statistics.iterations,
             iteration_seconds=self._statistics.iteration_seconds,
             output_tokens_per_second=self._statistics.tokens_per_second,
+            prompt_tokens_per_second=self._rates.prompt_tokens_per_second,
         )
+
+    def _token_seconds(self, tier: Tier) -> float:
+        if tier is Tier.GPU:
+            return self._statistics.iteration_seconds
+        return (self.scheduler.state.host_sweep_ms or 0.0) / 1e3
 
     def _tier_load(self, tier: Tier) -> TierLoad:
         pool = self.scheduler.state.pools[tier]
@@ -233,4 +241,6 @@ class EngineCore:
             free_blocks=pool.free_count,
             running_requests=sum(c.tier is tier for c in self.scheduler.state.running),
             tokens_total=self._tokens[tier],
+            freed_tokens_per_second=self._rates.freed_tokens_per_second(tier),
+            token_seconds=self._token_seconds(tier),
         )

@@ -122,6 +122,8 @@ class TierLoad(msgspec.Struct, frozen=True):
     free_blocks: int
     running_requests: int
     tokens_total: int
+    freed_tokens_per_second: float = 0.0
+    token_seconds: float = 0.0
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,6 +141,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     iterations_total: int
     iteration_seconds: float
     output_tokens_per_second: float
+    prompt_tokens_per_second: float = 0.0
 
 
 ITERATION_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

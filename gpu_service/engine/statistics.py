@@ -2,8 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from gpu_service.scheduling.plan import IterationPlan, Tier
+
 AVERAGED_ITERATIONS = 32
 """About as many iterations as an average looks back."""
+
+
+RATE_SECONDS = 10.0
+"""About as far as a rate looks back, of the time that counts for it."""
+
+
+class Rate:
+    """Amount per second of the time that counts, newer seconds weighing more."""
+
+    def __init__(self) -> None:
+        self._amount = 0.0
+        self._seconds = 0.0
+
+    def observe(self, amount: float, seconds: float) -> None:
+        """So much came in `seconds`."""
+        keep = max(0.0, 1.0 - seconds / RATE_SECONDS)
+        self._amount = keep * self._amount + amount
+        self._seconds = keep * self._seconds + seconds
+
+    @property
+    def per_second(self) -> float:
+        """0 while nothing is known."""
+        return self._amount / self._seconds if self._seconds else 0.0
+
+
+class LoadRates:
+    """How fast an engine works off what requests wait for: prompts, and KV of each tier."""
+
+    def __init__(self) -> None:
+        self._prompts = Rate()
+        self._freed = {tier: Rate() for tier in Tier}
+        self._given_back = dict.fromkeys(Tier, 0)
+
+    def observe(self, plan: IterationPlan, given_back: Mapping[Tier, int], seconds: float) -> None:
+        """One iteration took `seconds`. given_back: KV tokens since the engine started."""
+        prompts = sum(len(row.token_ids) for batch in plan.batches for row in batch.prefill)
+        if prompts:
+            self._prompts.observe(prompts, seconds)
+        for tier, rate in self._freed.items():
+            rate.observe(given_back[tier] - self._given_back[tier], seconds)
+        self._given_back = dict(given_back)
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Of iterations with prompts."""
+        return self._prompts.per_second
+
+    def freed_tokens_per_second(self, tier: Tier) -> float:
+        return self._freed[tier].per_second
 
 
 class IterationStatistics:

@@ -21,6 +21,7 @@ from gpu_service.engine.messages import (
     Abort,
     ChoiceDelta,
     Command,
+    EngineCounters,
     Event,
     Failed,
     Load,
@@ -162,6 +163,7 @@ class Dispatcher:
         self._clock = clock
         self._owed_since = 0.0
         self.load: Load | None = None
+        self.counters: EngineCounters | None = None
         self.snapshots = 0
 
     @property
@@ -234,7 +236,7 @@ class Dispatcher:
             self.snapshots += 1
             self._metrics.engine.load = output.load
         if output.counters is not None:
-            self._metrics.engine.counters = output.counters
+            self.counters = self._metrics.engine.counters = output.counters
         for logprobs in output.prompt_logprobs:
             if live := self._live.get(logprobs.request_id):
                 live.take_prompt_logprobs(logprobs)

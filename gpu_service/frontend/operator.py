@@ -75,6 +75,10 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         )
         if self._dispatcher.load is not None:
             _fill(snapshot, self._dispatcher.load)
+        if (counters := self._dispatcher.counters) is not None:
+            snapshot.mode_seconds_total.update(counters.seconds)
+            snapshot.device_busy_seconds_total = counters.device_busy_seconds
+            snapshot.host_wait_seconds_total = counters.host_wait_seconds
         return snapshot
 
 
@@ -92,6 +96,7 @@ def _fill(snapshot: pb.LoadSnapshot, load: Load) -> None:
         "iterations_total",
         "iteration_seconds",
         "output_tokens_per_second",
+        "prompt_tokens_per_second",
     ):
         setattr(snapshot, name, getattr(load, name))
 
@@ -102,4 +107,6 @@ def _tier(load: TierLoad) -> pb.TierLoad:
         free_blocks=load.free_blocks,
         running_requests=load.running_requests,
         tokens_total=load.tokens_total,
+        freed_tokens_per_second=load.freed_tokens_per_second,
+        token_seconds=load.token_seconds,
     )

@@ -53,6 +53,8 @@ class SchedulerState:
         self.recomputed_tokens = 0
         """Whose KV was thrown away."""
         self.migrations = dict.fromkeys(Tier, 0)
+        self.given_back_tokens = dict.fromkeys(Tier, 0)
+        """By choices that ended or left the tier, since the engine started."""
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -189,6 +191,7 @@ class SchedulerState:
             source_blocks=choice.table.view()[:filled],
             target_blocks=table.view()[:filled],
         )
+        self.given_back_tokens[source] += choice.length
         self.pools[source].free(choice.table.tolist())
         choice.tier, choice.table = target, table
         choice.request.migrations[target] += 1
@@ -239,6 +242,7 @@ class SchedulerState:
     def _release(self, choice: Choice) -> None:
         assert choice.state is ChoiceState.RUNNING
         assert choice.tier is not None
+        self.given_back_tokens[choice.tier] += choice.length
         if choice.flight is None:
             self.pools[choice.tier].free(choice.table.tolist())
         else:

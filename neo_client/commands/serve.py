@@ -116,6 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         print_line("neo", f"serving: {addresses}")
         if arguments.http_listen:
             print_line("neo", f"OpenAI's API: http://{arguments.http_listen}/v1")
+        if port := plan.router.settings.get("status_port"):
+            print_line("neo", f"look: http://127.0.0.1:{port}/")
         print_line("neo", f'try: neo generate --address {plan.router.address} "Once upon a time"')
         await asyncio.Event().wait()  # until a signal, or the end of a service
 

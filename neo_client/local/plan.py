@@ -92,5 +92,6 @@ def make_plan(wishes: Wishes) -> StackPlan:
         settings["gpu_service"].setdefault("cpu_services", [cpu.address])
     gpu = Service("gpu_service", with_port(LOOPBACK), settings["gpu_service"])
     settings["router"].setdefault("backends", [gpu.address])
+    settings["router"].setdefault("status_port", int(with_port(LOOPBACK).rpartition(":")[2]))
     router = Service("router", with_port(wishes.listen), settings["router"])
     return StackPlan(cpu, gpu, router, wishes.directory, wishes.grace_seconds)

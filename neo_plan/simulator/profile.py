@@ -43,6 +43,8 @@ class GpuProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A GPU that runs `Profile.model` in 16 bits. Other models' times are these, in proportion to
     weights, bytes or operations."""
 
+    memory_gib: Figure
+    """What the driver reports as a whole."""
     dense_ms: Curve
     """Matrix products of all layers, by rows."""
     small_ms: Curve
@@ -66,6 +68,8 @@ class CpuProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     read_gbps: Figure
     """Memory reads of all its threads together."""
+    threads: Figure
+    """How many those were."""
     attention_share: Figure
     """Part of it that decode attention reaches on 16-bit KV."""
     attention_share_int8: Figure

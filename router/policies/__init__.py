@@ -7,14 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from router.policies.affinity import prefix_affinity, session_affinity
 from router.policies.candidates import candidates
 from router.policies.pressure import least_pressure
+from router.policies.simple import power_of_two, round_robin
+from router.policies.wait import least_wait
 from router.views import BackendView, CallView
 
 Policy = Callable[[Sequence[BackendView], CallView], BackendView]
 
-POLICIES: Mapping[str, Policy] = {"kv-pressure": least_pressure}
+POLICIES: Mapping[str, Policy] = {
+    "predicted-wait": least_wait,
+    "kv-pressure": least_pressure,
+    "power-of-two": power_of_two,
+    "prefix": prefix_affinity,
+    "session": session_affinity,
+    "round-robin": round_robin,
+}
 """By the names that settings use."""
+BY_PREFIX = frozenset({prefix_affinity})
+"""Those that look at how prompts begin."""
 
 
 def choose(

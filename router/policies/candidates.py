@@ -12,7 +12,7 @@ def queue_is_full(backend: BackendView) -> bool:
     load = backend.load
     if load is None or load.max_waiting_requests == 0:
         return False
-    return load.waiting_requests + backend.unseen >= load.max_waiting_requests
+    return load.waiting_requests + backend.own.unseen >= load.max_waiting_requests
 
 
 def candidates(

@@ -26,13 +26,13 @@ def pressure(backend: BackendView) -> float:
     """Part of the backend's KV room that is spoken for; more than 1 when calls must queue."""
     load = backend.load
     if load is None or load.total_tokens == 0:
-        return float(backend.in_flight)
+        return float(backend.own.open)
     mean = load.used_tokens / load.running_requests if load.running_requests else 0.0
     waiting = max(load.waiting_prompt_tokens, load.waiting_requests * mean)
-    unseen = backend.unseen * (mean or UNKNOWN_REQUEST_TOKENS)
+    unseen = backend.own.unseen * (mean or UNKNOWN_REQUEST_TOKENS)
     return (load.used_tokens + waiting + unseen) / load.total_tokens
 
 
 def least_pressure(backends: Sequence[BackendView], call: CallView) -> BackendView:
     """Ties go to the fewest calls of ours, then to the order of `backends`."""
-    return min(backends, key=lambda backend: (pressure(backend), backend.in_flight))
+    return min(backends, key=lambda backend: (pressure(backend), backend.own.open))

@@ -30,19 +30,30 @@ HOST_TIER_STATE_UP: HostTierState
 HOST_TIER_STATE_DEGRADED: HostTierState
 
 class TierLoad(_message.Message):
-    __slots__ = ("total_blocks", "free_blocks", "running_requests", "tokens_total")
+    __slots__ = ("total_blocks", "free_blocks", "running_requests", "tokens_total", "freed_tokens_per_second", "token_seconds")
     TOTAL_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FREED_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     total_blocks: int
     free_blocks: int
     running_requests: int
     tokens_total: int
-    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_total: _Optional[int] = ...) -> None: ...
+    freed_tokens_per_second: float
+    token_seconds: float
+    def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_total: _Optional[int] = ..., freed_tokens_per_second: _Optional[float] = ..., token_seconds: _Optional[float] = ...) -> None: ...
 
 class LoadSnapshot(_message.Message):
-    __slots__ = ("state", "host_tier_state", "gpu", "host", "waiting_requests", "waiting_prompt_tokens", "max_waiting_requests", "block_tokens", "demotions_total", "promotions_total", "recomputations_total", "iterations_total", "iteration_seconds", "output_tokens_per_second", "sequence", "instance_id", "models", "prefix_query_tokens_total", "prefix_hit_tokens_total", "prefix_host_hit_tokens_total")
+    __slots__ = ("state", "host_tier_state", "gpu", "host", "waiting_requests", "waiting_prompt_tokens", "max_waiting_requests", "block_tokens", "demotions_total", "promotions_total", "recomputations_total", "iterations_total", "iteration_seconds", "output_tokens_per_second", "sequence", "instance_id", "models", "prefix_query_tokens_total", "prefix_hit_tokens_total", "prefix_host_hit_tokens_total", "mode_seconds_total", "device_busy_seconds_total", "host_wait_seconds_total", "prompt_tokens_per_second")
+    class ModeSecondsTotalEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     STATE_FIELD_NUMBER: _ClassVar[int]
     HOST_TIER_STATE_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +74,10 @@ class LoadSnapshot(_message.Message):
     PREFIX_QUERY_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HOST_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MODE_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BUSY_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    HOST_WAIT_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     state: EngineState
     host_tier_state: HostTierState
     gpu: TierLoad
@@ -83,7 +98,11 @@ class LoadSnapshot(_message.Message):
     prefix_query_tokens_total: int
     prefix_hit_tokens_total: int
     prefix_host_hit_tokens_total: int
-    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., host_tier_state: _Optional[_Union[HostTierState, str]] = ..., gpu: _Optional[_Union[TierLoad, _Mapping]] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., block_tokens: _Optional[int] = ..., demotions_total: _Optional[int] = ..., promotions_total: _Optional[int] = ..., recomputations_total: _Optional[int] = ..., iterations_total: _Optional[int] = ..., iteration_seconds: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., sequence: _Optional[int] = ..., instance_id: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., prefix_host_hit_tokens_total: _Optional[int] = ...) -> None: ...
+    mode_seconds_total: _containers.ScalarMap[str, float]
+    device_busy_seconds_total: float
+    host_wait_seconds_total: float
+    prompt_tokens_per_second: float
+    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., host_tier_state: _Optional[_Union[HostTierState, str]] = ..., gpu: _Optional[_Union[TierLoad, _Mapping]] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., block_tokens: _Optional[int] = ..., demotions_total: _Optional[int] = ..., promotions_total: _Optional[int] = ..., recomputations_total: _Optional[int] = ..., iterations_total: _Optional[int] = ..., iteration_seconds: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., sequence: _Optional[int] = ..., instance_id: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., prefix_host_hit_tokens_total: _Optional[int] = ..., mode_seconds_total: _Optional[_Mapping[str, float]] = ..., device_busy_seconds_total: _Optional[float] = ..., host_wait_seconds_total: _Optional[float] = ..., prompt_tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 
 from protos.neo.v1 import engine_pb2 as engine
-from router.backend import SETTLE_SECONDS, SUSPECT_BASE_SECONDS, Backend
+from router.backend import SUSPECT_BASE_SECONDS, Backend
+from router.calls import SETTLE_SECONDS
 from router.views import BackendState
 
 STALE_SECONDS = 2.0
@@ -82,11 +83,11 @@ def test_calls_younger_than_the_snapshot_are_unseen(backend: Backend) -> None:
     backend.snapshot(snapshot(), 1.0)
     with backend.call(0.5), backend.call(1.0 - SETTLE_SECONDS / 2), backend.call(1.5):
         view = backend.view(1.6)
-        assert (view.in_flight, view.unseen) == (3, 2)
+        assert (view.own.open, view.own.unseen) == (3, 2)
         backend.snapshot(snapshot(), 2.0)
-        assert backend.view(2.0).unseen == 0
-    assert backend.view(2.0).in_flight == 0
-    assert backend.calls_total == 3
+        assert backend.view(2.0).own.unseen == 0
+    assert backend.view(2.0).own.open == 0
+    assert backend.calls.total == 3
 
 
 def test_a_call_that_raises_is_closed_too(backend: Backend) -> None:

@@ -14,7 +14,7 @@ from router.views import BackendState, BackendView, CallView
 
 
 def view(address: str, state: BackendState = BackendState.UP) -> BackendView:
-    return BackendView(address, state, None, in_flight=0, unseen=0)
+    return BackendView(address, state, None)
 
 
 def first(backends: Sequence[BackendView], call: CallView) -> BackendView:

@@ -1,0 +1,1 @@
+"""Policies of the router against each other, without sockets: `python -m benchmarks.router_sim`."""

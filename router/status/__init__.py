@@ -1,0 +1,1 @@
+"""The status page: what the fleet does now, for people who would rather look than query."""

@@ -2,8 +2,8 @@
 
     pip install uv && python deploy/docker/lock.py
 
-One file holds for Python 3.11 and 3.12 on any Linux. torch is in none: which build of it is right depends
-on the GPUs, and comes from the index that serves it (see gpu.Dockerfile).
+One file holds for Python 3.11 and 3.12 on any Linux. torch is in none: which build of it is right
+depends on the GPUs, and comes from the index that serves it (see gpu.Dockerfile).
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def test_locks_hold_what_the_project_asks_for(lock: str) -> None:
     pinned = pins(lock)
     for requirement in asked:
         if requirement.name != "torch":
-            versions = pinned[requirement.name.lower()]
+            versions = pinned.get(requirement.name.lower())
+            assert versions, f"{requirement} is not locked: run deploy/docker/lock.py"
             assert all(requirement.specifier.contains(version) for version in versions)
     tested = dict(
         line.split("==")

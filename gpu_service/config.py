@@ -50,11 +50,12 @@ class GpuServiceConfig(ListenSettings, PeerSettings):
 
     offload: str = "auto"
     """`never`, `auto` (the scheduler decides) or `always` (every request on the host tier)."""
-    offload_mode: str = "inline"
-    """`inline`: the host tier's attention is waited for in each layer. `deferred`: it has until the
-    next iteration, so that a token takes as many as there are layers; needs `offload_transport`
-    `shm`. `asymmetric`: two sub-batches take turns with the device, each waited for while the other
-    computes; needs `device` `cpu`."""
+    offload_mode: str = "auto"
+    """`auto`: what the scheduler predicts to bring most, of all that follows and the GPU alone,
+    decided anew as the load changes. `inline`: the host tier's attention is waited for in each
+    layer. `deferred`: it has until the next iteration, so that a token takes as many as there are
+    layers; needs `offload_transport` `shm`. `asymmetric`: two sub-batches take turns with the
+    device, each waited for while the other computes; needs `device` `cpu`."""
     cpu_services: tuple[str, ...] = ()
     """gRPC addresses of the cpu_services, one per NUMA node; empty means no host tier."""
     offload_transport: str = "shm"
@@ -66,7 +67,10 @@ class GpuServiceConfig(ListenSettings, PeerSettings):
     streamed_kv_blocks: int = 0
     """Most host blocks that one iteration reads over the link, for requests on the host tier that
     attend on the device. Staging for them, twice as many blocks of one layer, is taken from the
-    GPU pool. 0: none do. On cuda needs `offload_mode` `deferred`."""
+    GPU pool. 0: none do. On cuda needs `offload_mode` `auto` or `deferred`."""
+    profile_dir: str = ""
+    """Folder for profiles of this machine, which `offload_mode` `auto` measures at its first start
+    with a model (seconds); empty means the user's cache folder, `none` measures at each start."""
     lease_seconds: float = 30.0
     """How long host-tier requests wait for a cpu_service that has gone."""
     sweep_deadline_ms: float = 2000.0
@@ -133,7 +137,7 @@ _CHOICES: dict[str, tuple[str | int, ...]] = {
     "quantization": ("auto", "fp8"),
     "block_tokens": (16, 32, 64),
     "offload": ("never", "auto", "always"),
-    "offload_mode": ("inline", "deferred", "asymmetric"),
+    "offload_mode": ("auto", "inline", "deferred", "asymmetric"),
     "offload_transport": ("shm", "grpc"),
     "host_kv_dtype": ("auto", "float32", "bfloat16", "float16", "int8"),
 }

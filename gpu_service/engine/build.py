@@ -11,6 +11,7 @@ import torch
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Ready
+from gpu_service.engine.start import start_costs
 from gpu_service.kv.table import blocks_for
 from gpu_service.model.model import CausalLM, Progress, load_model
 from gpu_service.model.sampling import Sampler
@@ -27,7 +28,6 @@ from gpu_service.pipeline.migration import Migrator
 from gpu_service.pipeline.parts import EngineParts
 from gpu_service.pipeline.runner import PlanRunner
 from gpu_service.pipeline.streamed import Staging
-from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.scheduler import Scheduler
 from kernels.cpu import DType, ThreadPool
@@ -56,8 +56,11 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
     device = resolve_device(config.device)
     if config.offload_mode == "asymmetric" and device.type != "cpu":
         raise ValueError(f"offload_mode asymmetric needs device cpu, which is {device.type}")
-    if streamed_blocks(config) and device.type != "cpu" and config.offload_mode != "deferred":
-        raise ValueError(f"streamed_kv_blocks needs offload_mode deferred on {device.type}")
+    if streamed_blocks(config) and device.type != "cpu" and not may_defer(config):
+        raise ValueError(
+            f"streamed_kv_blocks needs offload_mode auto or deferred, and offload_transport shm, "
+            f"on {device.type}"
+        )
     batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     config = replace(config, max_batch_tokens=batch_tokens)
     spec = read_spec(config.model)
@@ -99,7 +102,7 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
         max_context_tokens=max_context(config, spec),
         threads=pool,
     )
-    return assemble(config, model, geometry, gpu, host, pool, sweeps)
+    return assemble(config, model, geometry, gpu, host, pool, sweeps, progress)
 
 
 def assemble(
@@ -110,24 +113,23 @@ def assemble(
     host: HostTier,
     threads: ThreadPool | None,
     sweeps: CudaSweeps | None = None,
+    progress: Progress | None = None,
 ) -> BuiltCore:
     """A core from its parts; tests pass a host tier of their own. `threads`: on a CPU; `sweeps`: on
     a CUDA device."""
     spec = model.spec
-    costs: SweepCosts | None = None
-    if sweeps is not None and model.device.type == "cuda":
-        costs = sweeps.costs()
     staging = None
     if threads is not None and streamed_blocks(config):
         staging = Staging(geometry, model.dtype, config.streamed_kv_blocks, threads)
-    limits = scheduler_limits(config, model, gpu, host, sweeps)
-    scheduler = Scheduler(limits, costs)
     parts = EngineParts(model, geometry, gpu, host, staging)
     sampler = Sampler(spec.eos_token_ids)
     inline = PlanRunner(parts, sampler, Migrator(parts, threads))
     runner: Runner = inline
     if sweeps is not None:
         runner = sweeps.runner(sampler, inline, host)
+    limits = scheduler_limits(config, model, gpu, host, sweeps)
+    costs, rates = start_costs(config, limits, parts, runner, sweeps, progress or (lambda *_: None))
+    scheduler = Scheduler(limits, costs, rates)
     ready = Ready(
         max_context_tokens=limits.max_context_tokens,
         gpu_blocks=gpu.blocks,
@@ -157,6 +159,7 @@ def scheduler_limits(
     spec = model.spec
     # Longer requests would fit on neither tier.
     capacity = max(gpu.blocks, host.blocks) * config.block_tokens
+    decides = config.offload_mode == "auto" and host.blocks > 0
     staged = streamed_blocks(config) if sweeps is None else sweeps.cache.layout.staging
     return SchedulerLimits(
         gpu_blocks=gpu.blocks,
@@ -169,8 +172,10 @@ def scheduler_limits(
         offload=config.offload,
         eos_token_ids=frozenset(spec.eos_token_ids),
         lease_seconds=config.lease_seconds,
-        cohorts=spec.layers + 1 if config.offload_mode == "deferred" and host.defers else 0,
-        asymmetric=config.offload_mode == "asymmetric",
+        cohorts=spec.layers + 1 if may_defer(config) and host.defers else 0,
+        asymmetric=config.offload_mode == "asymmetric" or (decides and sweeps is None),
+        inline=sweeps is None or not sweeps.table.host,
+        auto=decides,
         cohort_rows=sweeps.table.host if sweeps is not None else 0,
         streamed_blocks=staged,
         host_prefill=sweeps is None or not sweeps.table.host or staged > 0,
@@ -184,11 +189,17 @@ def streamed_blocks(config: GpuServiceConfig) -> int:
     return config.streamed_kv_blocks if config.offload != "never" and config.cpu_services else 0
 
 
+def may_defer(config: GpuServiceConfig) -> bool:
+    """Host rows may be deferred, as far as the configuration goes."""
+    mode = config.offload_mode
+    return mode == "deferred" or (mode == "auto" and config.offload_transport == "shm")
+
+
 def deferred_limits(
     config: GpuServiceConfig, spec: ModelSpec, dtype: torch.dtype
 ) -> DeferredLimits | None:
     """What CUDA sweeps need to know for deferred mode; None where it is off."""
-    if config.offload == "never" or not config.cpu_services or config.offload_mode != "deferred":
+    if config.offload == "never" or not config.cpu_services or not may_defer(config):
         return None
     from gpu_service.pipeline.cuda.build import DeferredLimits
 

@@ -180,6 +180,7 @@ def config(model: str | Path, **changes: Any) -> GpuServiceConfig:
         "device": "cpu",
         "dtype": "float32",
         "offload": "never",
+        "offload_mode": "inline",
         "gpu_kv_blocks": 96,
         "threads": 1,
         "max_running_requests": 64,

@@ -154,6 +154,8 @@ def running_stack(
             "listen": addresses[1], "model": str(model), "device": "cpu", "dtype": "float32",
             "threads": 1, "cpu_services": [addresses[0]],
             "host_kv_gib": 0.0625, "gpu_kv_gib": 0.0625,
+            # Host rows wherever blocks are short, whatever they cost on this machine.
+            "offload_mode": "inline",
             **gpu_config,
         },
     )  # fmt: skip

@@ -23,12 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from benchmarks.host_tier import cpu_service
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.build import build_core
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import SamplingSpec, Submit
 from gpu_service.scheduling.plan import IterationPlan, SweepResult
+from gpu_service.scheduling.steering import Accounts
 from neo_client.fingerprint import fingerprint
 from neo_client.workloads import Lengths, read_workload
 from neo_plan.catalog import model_folder
@@ -85,6 +88,7 @@ def run(
     """Submit everything and run until all is done. `sampling`: fields of `SamplingSpec`."""
     phases = Phases()
     core.observe = phases.observe
+    core.scheduler.steering.accounts = Accounts()
     submit_all(core, lengths, seed, sampling)
     ends: list[float] = []
     tokens = host_tokens = 0
@@ -116,7 +120,33 @@ def run(
         "device_idle_seconds": round(seconds - busy, 3),
         "host_busy_seconds": round(seconds - phases.waited_seconds, 3),
         "decode_iteration_ms": _decode_times(phases),
+        "decisions": decisions(core, seconds),
     }
+
+
+def decisions(core: EngineCore, seconds: float) -> dict[str, Any]:
+    """How iterations ran, whether that was foreseen, and how long the host had nothing to do."""
+    steering = core.scheduler.steering
+    accounts, decision = steering.accounts, core.scheduler.state.decision
+    found: dict[str, Any] = {
+        "iterations": {way: count for way, count in accounts.iterations.items() if count},
+        "streamed_iterations": accounts.streamed_iterations,
+        "predicted_sweep_seconds": round(1e-3 * accounts.predicted.total, 3),
+        "actual_sweep_seconds": round(1e-3 * accounts.actual_ms, 3),
+        "predicted_gpu_seconds": round(1e-3 * accounts.predicted.gpu, 3),
+        "predicted_cpu_seconds": round(1e-3 * accounts.predicted.cpu, 3),
+        "actual_cpu_seconds": round(accounts.cpu_busy_seconds, 3),
+        "predicted_link_seconds": round(1e-3 * accounts.predicted.link, 3),
+        "relative_error": round(accounts.error, 4),
+        "cpu_idle_share": round(1 - accounts.cpu_busy_seconds / seconds, 4),
+    }
+    if steering.predictor is not None:
+        rates = msgspec.to_builtins(steering.predictor.rates)
+        found["rates_ms"] = {name: float(f"{value:.4g}") for name, value in rates.items()}
+        found["thread_ms_beside_sweeps"] = round(steering.predictor.beside_ms, 3)
+    if decision is not None:
+        found["last_decision"] = decision.why
+    return found
 
 
 def _decode_times(phases: Phases) -> dict[int, float]:
@@ -152,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--offload", default="never", choices=("never", "auto", "always"))
     parser.add_argument(
-        "--offload-mode", default="deferred", choices=("inline", "deferred", "asymmetric")
+        "--offload-mode", default="auto", choices=("auto", "inline", "deferred", "asymmetric")
     )
     parser.add_argument("--host-kv-gib", type=float, default=8.0)
     parser.add_argument("--host-kv-dtype", default="auto")

@@ -144,6 +144,7 @@ class EngineCore:
             self._land()
         started = self._clock()
         self.host.poll()
+        self.scheduler.steering.observe_host(self.host.work)
         self.scheduler.host_state(self.host.state, started)
         plan = self.scheduler.schedule(started)
         if plan.is_empty:

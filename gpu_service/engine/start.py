@@ -47,6 +47,7 @@ def start_costs(
         max_running=limits.max_running,
         max_context_tokens=limits.max_context_tokens,
         times_sweeps=costs is None,
+        deferred_ms=None if sweeps is None else sweeps.graphs.deferred_ms,
     )
     path = cache_path(config.profile_dir, _facts(config, limits, parts))
     profile = load(path)

@@ -59,6 +59,17 @@ class HostRows:
     ranges: npt.NDArray[np.int32] | None = None
 
 
+@dataclass(frozen=True)
+class HostWork:
+    """What the cpu_service has computed in this epoch, as it told last, about a second ago at
+    most."""
+
+    kv_tokens: float = 0.0
+    """Read, a token's K and V in all layers being one."""
+    busy_seconds: float = 0.0
+    sweeps: int = 0
+
+
 class HostTier(Protocol):
     """The engine's end of one session with a cpu_service. Not thread-safe: the engine core's thread
     alone calls it.
@@ -78,6 +89,11 @@ class HostTier(Protocol):
     @property
     def epoch(self) -> int:
         """Counts sessions and resumptions; a change means that sweeps in flight are void."""
+        ...
+
+    @property
+    def work(self) -> HostWork:
+        """Counts from nothing in each epoch."""
         ...
 
     @property

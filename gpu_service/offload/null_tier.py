@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch
 
-from gpu_service.offload.host_tier import HostRows, HostTierState
+from gpu_service.offload.host_tier import HostRows, HostTierState, HostWork
 
 
 class NullHostTier:
@@ -19,6 +19,7 @@ class NullHostTier:
     epoch = 0
     mapped_pool = None
     defers = False
+    work = HostWork()
 
     def poll(self) -> None:
         """Nothing changes."""

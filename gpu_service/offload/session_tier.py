@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from gpu_service.offload.host_tier import HostTierStalled, HostTierState
+from gpu_service.offload.host_tier import HostTierStalled, HostTierState, HostWork
 from gpu_service.offload.keeper import Attachment, SessionKeeper, Transport, View
 from gpu_service.offload.shape import HostShape, HostTierOptions
 from kernels.cpu import DType
@@ -56,6 +56,12 @@ class SessionTier(ABC):
     def stats(self) -> pb.SessionStats:
         """The cpu_service's counters of this epoch, as of the last heartbeat."""
         return self._keeper.stats
+
+    @property
+    def work(self) -> HostWork:
+        stats, layout = self._keeper.stats, self._shape.layout
+        token_bytes = layout.pool_bytes(1) / layout.block_tokens
+        return HostWork(stats.kv_bytes_read / token_bytes, stats.busy_seconds, stats.sweeps)
 
     def poll(self) -> None:
         view = self._keeper.view

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gpu_service.offload.host_tier import HostWork
 from gpu_service.scheduling import balance
 from gpu_service.scheduling.decision import Decision
 from gpu_service.scheduling.demand import demand_of
@@ -64,6 +65,7 @@ class Steering:
         self._queued = False
         self._ended_early = 1.0
         """Part of their `max_tokens` that choices decode, a moving average."""
+        self._host_work = HostWork()
         self._foretold: dict[int, tuple[SweepWork, Phases]] = {}
         """Plan's number -> of sweeps whose results have not come."""
         if state.limits.auto:
@@ -128,11 +130,18 @@ class Steering:
         if not work.is_plain and result.device_seconds:
             self.predictor.observe_iteration(seconds, result.device_seconds)
 
-    def observe_host(self, tokens: float, busy_seconds: float, sweeps: int) -> None:
-        """See `Predictor.observe_host`."""
-        self.accounts.cpu_busy_seconds += busy_seconds
+    def observe_host(self, work: HostWork) -> None:
+        """What the host has told last, maybe nothing new."""
+        before, self._host_work = self._host_work, work
+        if work == before:
+            return
+        if work.busy_seconds < before.busy_seconds:
+            before = HostWork()  # another epoch
+        busy = work.busy_seconds - before.busy_seconds
+        self.accounts.cpu_busy_seconds += busy
         if self.predictor is not None:
-            self.predictor.observe_host(tokens, 1e3 * busy_seconds, sweeps)
+            tokens, sweeps = work.kv_tokens - before.kv_tokens, work.sweeps - before.sweeps
+            self.predictor.observe_host(tokens, 1e3 * busy, sweeps)
 
     def ended(self, choice: Choice) -> None:
         """A choice has ended by itself, with all its tokens."""

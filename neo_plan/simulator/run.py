@@ -15,7 +15,7 @@ from typing import Protocol
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Output, SamplingSpec, Submit
 from gpu_service.model.sampling import SamplingRow
-from gpu_service.offload.host_tier import HostTierState
+from gpu_service.offload.host_tier import HostTierState, HostWork
 from gpu_service.offload.null_tier import NullHostTier
 from gpu_service.pipeline.launch import LaunchedSweep
 from gpu_service.scheduling.costs import SweepCosts
@@ -91,9 +91,9 @@ def simulate(
     """Serve requests of these lengths, which come at `arrivals` (seconds, ascending).
 
     ValueError if one of them can never be served."""
-    runner = SimulatedRunner(machine, limits.cohorts)
-    scheduler = Scheduler(limits, machine.start_costs(), machine.start_rates())
     host = HealthyHostTier(limits.host_blocks)
+    runner = SimulatedRunner(machine, limits.cohorts, host)
+    scheduler = Scheduler(limits, machine.start_costs(), machine.start_rates())
     core = EngineCore(scheduler, runner, host, vocab_size=1, clock=runner.clock)
     lives = [Life(arrival) for arrival in arrivals]
     submitted = host_tokens = 0
@@ -136,18 +136,21 @@ def _hear(output: Output, lives: list[Life], now: float) -> int:
 
 
 class HealthyHostTier(NullHostTier):
-    """There, and never asked to compute: the simulated runner stands for that."""
+    """There, and never asked to compute: the simulated runner stands for that, and tells what the
+    host did."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self.state = HostTierState.UP if blocks else HostTierState.OFF
+        self.work = HostWork()
 
 
 class SimulatedRunner:
     """A `Runner` with a clock instead of a device."""
 
-    def __init__(self, machine: MachineModel, cohorts: int) -> None:
-        """`cohorts`: sweeps that a host row takes in deferred mode."""
+    def __init__(self, machine: MachineModel, cohorts: int, host: HealthyHostTier) -> None:
+        """`cohorts`: sweeps that a host row takes in deferred mode. `host`: told of its work."""
+        self._host = host
         self.now = 0.0
         """The time of the engine's thread, seconds."""
         self.sweeps: list[Sweep] = []
@@ -183,9 +186,22 @@ class SimulatedRunner:
             ),
         )
         self.sweeps.append(sweep)
+        self._report(plan, time.cpu)
         if not time.overlaps:
             self.wait(sweep)
         return SimulatedSweep(self, plan, sweep, work, self._land(plan.number))
+
+    def _report(self, plan: IterationPlan, cpu_ms: float) -> None:
+        """At once, where the real one tells once a second."""
+        if not cpu_ms:
+            return
+        read: float = sum(row.length for batch in plan.batches for row in batch.host_decode)
+        if plan.mode is Mode.DEFERRED:
+            read = sum(self._under_way.values()) / self._cohorts
+        known = self._host.work
+        self._host.work = HostWork(
+            known.kv_tokens + read, known.busy_seconds + 1e-3 * cpu_ms, known.sweeps + 1
+        )
 
     def _land(self, number: int) -> tuple[Flight, ...]:
         """The rows that have come through all layers with this plan."""

@@ -27,7 +27,13 @@ from gpu_service.engine.messages import (
     TokenLogprob,
 )
 from gpu_service.model.model import CausalLM
-from gpu_service.offload.host_tier import HostRows, HostTier, HostTierStalled, HostTierState
+from gpu_service.offload.host_tier import (
+    HostRows,
+    HostTier,
+    HostTierStalled,
+    HostTierState,
+    HostWork,
+)
 from gpu_service.offload.null_tier import NullHostTier
 from gpu_service.pipeline.cpu_kv import layout_of
 from gpu_service.pipeline.device_kv import AttentionGeometry
@@ -84,6 +90,7 @@ class LocalHostTier:
         self.closed = False
 
     defers = True
+    work = HostWork()
 
     @property
     def mapped_pool(self) -> KvPool | None:

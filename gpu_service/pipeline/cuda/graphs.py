@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -24,6 +25,8 @@ class SweepGraphs:
         self._graphs: dict[SweepShape, torch.cuda.CUDAGraph] = {}
         self._decode_ms: dict[int, float] = {}
         self._mixed_ms: dict[int, float] = {}
+        self._beside_host_ms: dict[int, float] = {}
+        """As `_decode_ms`, with host rows that nobody waits for."""
         self._beside_chunks: tuple[int, ...] = ()
 
     def capture(self, forward: Forward, table: ShapeTable, progress: Progress) -> None:
@@ -57,8 +60,20 @@ class SweepGraphs:
         """What was timed. `context_ms`: a first guess at a context token's cost."""
         return SweepCosts(self._decode_ms, self._mixed_ms, context_ms, self._beside_chunks)
 
+    @property
+    def deferred_ms(self) -> float | None:
+        """What the exchange with the host adds to a sweep of decode rows; None without one."""
+        added = [
+            ms - self._decode_ms[rows]
+            for rows, ms in self._beside_host_ms.items()
+            if rows in self._decode_ms
+        ]
+        return max(0.0, statistics.median(added)) if added else None
+
     def _note(self, shape: SweepShape, milliseconds: float) -> None:
         if shape.host:
+            if not shape.prefill:
+                self._beside_host_ms[shape.rows] = milliseconds
             return
         if not shape.prefill:
             self._decode_ms[shape.rows] = milliseconds

@@ -31,6 +31,8 @@ class SweepCosts:
         self._decode = dict(sorted(decode.items()))
         self._mixed = dict(sorted(mixed.items()))
         self.context_ms = context_ms
+        self._seen_decode: set[int] = set()
+        self._seen_mixed: set[int] = set()
         self._beside_chunks = sorted(beside_chunks)
 
     def padded_decode(self, rows: int) -> int:
@@ -75,11 +77,17 @@ class SweepCosts:
         if milliseconds > _PAUSE * expected:
             return
         error = milliseconds - expected
-        if has_chunks:
-            table[size] += _NEWEST * error
-        elif context:
-            # Dense layers are known from the start; what varies is the memory's speed.
-            self.context_ms = max(0.0, self.context_ms + _NEWEST * error / context)
+        seen = self._seen_mixed if has_chunks else self._seen_decode
+        seen.add(size)
+        # Each part by its share: what it would be off by if both were wrong by the same factor.
+        share = table[size] / expected if context and not has_chunks else 1.0
+        table[size] += _NEWEST * share * error
+        if share < 1:
+            self.context_ms += _NEWEST * (1 - share) * error / context
+        # Sizes that nobody has seen are wrong as this one was, as far as anybody knows.
+        factor = 1 + _NEWEST * error / expected
+        for other in table.keys() - seen:
+            table[other] *= factor
 
 
 def _padded(table: Mapping[int, float], rows: int) -> int:

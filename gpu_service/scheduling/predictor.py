@@ -51,7 +51,7 @@ class Predictor:
         self.costs = costs
         self.rates = rates
         self.error = 0.0
-        """Moving average of |predicted - actual| / actual, of sweeps with host rows."""
+        """Moving average of |predicted - actual| / the larger, of sweeps with host rows."""
         self.beside_ms = 0.0
         """Moving average of what iterations take beside their sweep, where host rows are under
         way: what the engine's own thread costs, as far as no sweep hides it."""
@@ -123,7 +123,8 @@ class Predictor:
                 milliseconds,
             )
             return
-        self.error += _NEWEST * (abs(predicted.total - milliseconds) / milliseconds - self.error)
+        off = abs(predicted.total - milliseconds) / max(predicted.total, milliseconds)
+        self.error += _NEWEST * (off - self.error)
         self._correct(work, predicted, milliseconds - predicted.total)
 
     def _correct(self, work: SweepWork, predicted: Phases, error: float) -> None:

@@ -33,7 +33,7 @@ class Accounts:
     actual_ms: float = 0.0
     """Of the same sweeps."""
     error: float = 0.0
-    """Moving average of |predicted - actual| / actual over all sweeps."""
+    """Moving average of |predicted - actual| / the larger over all sweeps."""
     gpu_busy_seconds: float = 0.0
     cpu_busy_seconds: float = 0.0
     """As the host tells it, about once a second."""
@@ -49,7 +49,8 @@ class Accounts:
             known.total + predicted.total,
         )
         self.actual_ms += actual_ms
-        self.error += _NEWEST * (abs(predicted.total - actual_ms) / actual_ms - self.error)
+        off = abs(predicted.total - actual_ms) / max(predicted.total, actual_ms)
+        self.error += _NEWEST * (off - self.error)
 
 
 class Steering:

@@ -15,9 +15,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.router.cases import CASES, FULL, NEED_FOLDER, SMALL, Figures
+from benchmarks.router import cases
+from benchmarks.router.cases import FULL, NEED_FOLDER, SMALL, Figures
+from benchmarks.router.http import over_http
 from benchmarks.router.processes import Cpus
 from neo_client.fingerprint import fingerprint
+
+CASES = {**cases.CASES, "http": over_http}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

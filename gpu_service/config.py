@@ -84,6 +84,9 @@ class GpuServiceConfig(ListenSettings, PeerSettings):
     """Choices that decode or prefill at the same time."""
     max_waiting_requests: int = 1024
     """Queue length at which new requests are refused with RESOURCE_EXHAUSTED."""
+    prefix_caching: bool = True
+    """Keep the KV of complete blocks, on both tiers, for later requests of the same tenant that
+    begin with the same tokens, as long as nobody needs the room."""
     force_migration_every: int = 0
     """Testing aid: demote or promote some request every that many iterations; 0 means never."""
 

@@ -102,6 +102,7 @@ class Scheduling:
     priority: int = 0
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    cache_salt: str = ""
 
     def to_proto(self) -> types.SchedulingParams:
         if self.placement is not None and self.placement not in PLACEMENTS:
@@ -111,6 +112,7 @@ class Scheduling:
             priority=self.priority,
             ttft_ms=self.ttft_ms,
             tpot_ms=self.tpot_ms,
+            cache_salt=self.cache_salt,
         )
 
 

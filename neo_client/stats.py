@@ -49,9 +49,10 @@ class StreamStats:
         ]
         if self.usage is not None:
             usage = self.usage
+            cached = f" ({usage.prefix_hit_tokens} cached)" if usage.prefix_hit_tokens else ""
             parts += [
                 f"decoded on GPU tier {usage.gpu_tokens} / host tier {usage.host_tokens}",
-                f"prompt {usage.prompt_tokens}",
+                f"prompt {usage.prompt_tokens}{cached}",
             ]
             moves = usage.demotions + usage.promotions
             parts += [f"{moves} migrations"] if moves else []

@@ -180,6 +180,8 @@ def scheduler_limits(
         streamed_blocks=staged,
         host_prefill=sweeps is None or not sweeps.table.host or staged > 0,
         staged_prompts=sweeps is not None and staged > 0,
+        prefix_caching=config.prefix_caching,
+        host_lossy=config.host_kv_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
         force_migration_every=config.force_migration_every,
     )
 

@@ -228,6 +228,9 @@ class EngineCore:
             iteration_seconds=self._statistics.iteration_seconds,
             output_tokens_per_second=self._statistics.tokens_per_second,
             prompt_tokens_per_second=self._rates.prompt_tokens_per_second,
+            prefix_query_tokens_total=state.prefix_tokens.queried,
+            prefix_hit_tokens_total=state.prefix_tokens.found,
+            prefix_host_hit_tokens_total=state.prefix_tokens.found_on_host,
         )
 
     def _token_seconds(self, tier: Tier) -> float:
@@ -244,4 +247,5 @@ class EngineCore:
             tokens_total=self._tokens[tier],
             freed_tokens_per_second=self._rates.freed_tokens_per_second(tier),
             token_seconds=self._token_seconds(tier),
+            cached_blocks=pool.idle_count,
         )

@@ -13,6 +13,7 @@ SEND_SECONDS = 0.1
 second."""
 GPU_ONLY = "gpu_only"
 DIRECTIONS = {Tier.HOST: "demote", Tier.GPU: "promote"}
+REUSE = "reuse"
 
 
 def mode_name(plan: IterationPlan) -> str:
@@ -35,8 +36,8 @@ class WorkCounters:
         self._seconds = dict.fromkeys(modes, 0.0)
         self._prefill = dict.fromkeys(tiers, 0)
         self._decode = dict.fromkeys(("gpu", "host", "streamed"), 0)
-        self._moved_tokens = dict.fromkeys(DIRECTIONS.values(), 0)
-        self._moved_blocks = dict.fromkeys(DIRECTIONS.values(), 0)
+        self._moved_tokens = dict.fromkeys((*DIRECTIONS.values(), REUSE), 0)
+        self._moved_blocks = dict.fromkeys(self._moved_tokens, 0)
         self._void = 0
         self._host_wait = 0.0
         self._device_wait = 0.0
@@ -63,7 +64,7 @@ class WorkCounters:
                 size -= len(batch.host_decode)  # in the dense layers when they land, too
         for migration in plan.migrations:
             if migration.key not in result.lost:
-                direction = DIRECTIONS[migration.target]
+                direction = REUSE if migration.reuse else DIRECTIONS[migration.target]
                 self._moved_tokens[direction] += migration.tokens
                 self._moved_blocks[direction] += len(migration.source_blocks)
         self._sizes[bisect_left(ITERATION_TOKEN_BOUNDS, size)] += 1

@@ -49,6 +49,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     arrival: float
     deadline: float | None = None
     """The client's deadline; past it the engine drops the request."""
+    cache_salt: str = ""
+    """KV is shared among requests with the same one only."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -100,6 +102,8 @@ class RequestUsage(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: float
     ttft_seconds: float
     cached_prompt_tokens: int
+    cached_host_tokens: int
+    prefix_hit_tokens: int
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):
@@ -124,6 +128,8 @@ class TierLoad(msgspec.Struct, frozen=True):
     tokens_total: int
     freed_tokens_per_second: float = 0.0
     token_seconds: float = 0.0
+    cached_blocks: int = 0
+    """Free ones whose KV can be found."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +148,9 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     iteration_seconds: float
     output_tokens_per_second: float
     prompt_tokens_per_second: float = 0.0
+    prefix_query_tokens_total: int = 0
+    prefix_hit_tokens_total: int = 0
+    prefix_host_hit_tokens_total: int = 0
 
 
 ITERATION_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -162,10 +171,11 @@ class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
     """`gpu`; `host`: attended by the cpu_service; `streamed`: on the host tier, attended by the
     device."""
     moved_tokens: dict[str, int]
-    """KV copied by `demote` and by `promote`."""
+    """KV copied by `demote`, by `promote`, and by `reuse`: what requests that start on one tier
+    have found on the other."""
     moved_blocks: dict[str, int]
     recomputed_tokens: int
-    """Whose KV was thrown away and has to be computed again."""
+    """Whose KV was thrown away and had to be computed again."""
     void_rows: int
     """Rows that were repeated, since the host tier stalled or memory ran out."""
     host_wait_seconds: float

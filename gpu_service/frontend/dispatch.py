@@ -142,6 +142,8 @@ class LiveRequest:
             queue_seconds=usage.queue_seconds,
             ttft_seconds=usage.ttft_seconds,
             cached_prompt_tokens=usage.cached_prompt_tokens,
+            cached_host_tokens=usage.cached_host_tokens,
+            prefix_hit_tokens=usage.prefix_hit_tokens,
         )
 
 

@@ -70,12 +70,24 @@ class EngineCollector(Collector):
             "vllm:num_preemptions", "KV thrown away, to be computed again.",
             load.recomputations_total, counter=True,
         )  # fmt: skip
+        yield self._vllm(
+            "vllm:prefix_cache_queries", "Prompt tokens that were looked up.",
+            load.prefix_query_tokens_total, counter=True,
+        )  # fmt: skip
+        yield self._vllm(
+            "vllm:prefix_cache_hits", "Prompt tokens whose KV was there.",
+            load.prefix_hit_tokens_total, counter=True,
+        )  # fmt: skip
         gauges: dict[str, tuple[str, str, Mapping[str, float]]] = {
             "neo_kv_usage_ratio": (
                 "KV blocks in use, 0 to 1.", "tier", {k: _used(v) for k, v in tiers.items()}
             ),
             "neo_kv_blocks": (
                 "KV blocks.", "tier", {k: v.total_blocks for k, v in tiers.items()}
+            ),
+            "neo_kv_cached_blocks": (
+                "Free KV blocks that can be found by their contents.", "tier",
+                {k: v.cached_blocks for k, v in tiers.items()},
             ),
             "neo_kv_used_bytes": ("KV in use.", "tier", self._used_bytes(tiers)),
             "neo_running_requests": (
@@ -98,6 +110,11 @@ class EngineCollector(Collector):
         yield self._labelled(
             CounterMetricFamily, "neo_decoded_tokens", "Tokens by the tier that attended.", "tier",
             {name: tier.tokens_total for name, tier in tiers.items()},
+        )  # fmt: skip
+        host_hits = load.prefix_host_hit_tokens_total
+        yield self._labelled(
+            CounterMetricFamily, "neo_prefix_hit_tokens", "Prompt tokens found, by tier.", "tier",
+            {"gpu": load.prefix_hit_tokens_total - host_hits, "host": host_hits},
         )  # fmt: skip
         moves = {"demote": load.demotions_total, "promote": load.promotions_total}
         yield self._labelled(

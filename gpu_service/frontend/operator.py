@@ -97,6 +97,9 @@ def _fill(snapshot: pb.LoadSnapshot, load: Load) -> None:
         "iteration_seconds",
         "output_tokens_per_second",
         "prompt_tokens_per_second",
+        "prefix_query_tokens_total",
+        "prefix_hit_tokens_total",
+        "prefix_host_hit_tokens_total",
     ):
         setattr(snapshot, name, getattr(load, name))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gpu_service.engine.messages import SamplingSpec, Submit
 from gpu_service.model.tokenizer import Tokenizer
 from neo_common.errors import Reason, ServiceError
+from neo_common.grpc import principal
 from protos.neo.v1 import inference_pb2 as inference
 from protos.neo.v1 import types_pb2 as types
 
@@ -23,6 +24,7 @@ MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
+MAX_SALT_CHARACTERS = 128
 # Tokenising this much takes about a millisecond; more goes to a thread, off the event loop.
 INLINE_CHARACTERS = 2000
 # Normalisers may shorten a text before it is cut into tokens; composing Hangul, to a third.
@@ -279,8 +281,12 @@ def _scheduling(params: types.SchedulingParams) -> dict[str, Any]:
         targets[name] = getattr(params, name) if params.HasField(name) else None
         if targets[name] is not None:
             _between(f"scheduling.{name}", getattr(params, name), 0, math.inf, above=True)
+    if len(params.cache_salt) > MAX_SALT_CHARACTERS:
+        raise invalid("scheduling.cache_salt", f"has more than {MAX_SALT_CHARACTERS} characters")
     return {
         "placement": _PLACEMENTS[params.placement],
+        # No tenant's name holds a zero, so nobody can say another one's salt.
+        "cache_salt": f"{principal.current().tenant}\0{params.cache_salt}",
         "priority": params.priority,
         **targets,
     }

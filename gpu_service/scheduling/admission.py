@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from gpu_service.kv.table import blocks_for
 from gpu_service.scheduling.batching import BatchBuilder
-from gpu_service.scheduling.plan import Failure, Tier
+from gpu_service.scheduling.plan import Failure, Migration, Tier
 from gpu_service.scheduling.request import Choice, Request
+from gpu_service.scheduling.reuse import reusable
 from gpu_service.scheduling.state import SchedulerState
 
 ADMISSION_HORIZON_TOKENS = 32
@@ -43,19 +45,28 @@ def refuse(state: SchedulerState, request: Request, unstarted: int) -> Failure |
     return None
 
 
-def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
-    """Start waiting choices while budget and blocks last; returns them.
+@dataclass
+class Admitted:
+    choices: list[Choice] = field(default_factory=list)
+    copies: list[Migration] = field(default_factory=list)
+    """Of KV that was found on the other tier."""
+
+
+def admit(state: SchedulerState, batch: BatchBuilder) -> Admitted:
+    """Start waiting choices while budget and blocks last.
 
     A choice that finds no room holds back everyone behind it on the tiers where it may be, and on
-    no others."""
-    started: list[Choice] = []
+    no others. What is copied costs no budget, but everyone's sweep waits for it: once there is as
+    much of it as one iteration may compute, the others start in the next."""
+    admitted = Admitted()
+    copied_tokens = 0
     open_tiers = {tier for tier in Tier if state.usable(tier)}
     returning, wants = _returning(state), state.host_wants()
     headroom = {tier: state.growth(tier, ADMISSION_HORIZON_TOKENS) for tier in open_tiers}
     # Once no tier is open the rest of the queue need not be looked at.
     for choice in list(state.waiting):
         room = batch.budget > 0 and len(state.running) < state.limits.running_bound
-        if not room or not open_tiers:
+        if not room or not open_tiers or copied_tokens >= state.limits.max_batch_tokens:
             break
         tier = next(
             (
@@ -74,11 +85,14 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> list[Choice]:
             open_tiers.difference_update(state.start_tiers(choice))
             continue
         wants -= choice.length if tier is Tier.HOST else 0
-        state.start(choice, tier, state.shareable_blocks(choice, tier))
+        copy = state.start(choice, tier, reusable(state, choice, tier))
+        if copy is not None:
+            admitted.copies.append(copy)
+            copied_tokens += copy.tokens
         headroom[tier] += state.growth_of(choice, ADMISSION_HORIZON_TOKENS)
         batch.add(choice, starts=True)
-        started.append(choice)
-    return started
+        admitted.choices.append(choice)
+    return admitted
 
 
 def _returning(state: SchedulerState) -> tuple[float, ...]:
@@ -95,7 +109,9 @@ def _returning(state: SchedulerState) -> tuple[float, ...]:
 def fits(state: SchedulerState, choice: Choice, tier: Tier, headroom: Mapping[Tier, int]) -> bool:
     """Whether it may start there. `headroom`: blocks that those on each tier will soon ask for."""
     size, pool = state.limits.block_tokens, state.pools[tier]
-    shared = len(state.shareable_blocks(choice, tier))
+    held = reusable(state, choice, tier).held
+    # Those of them that are free are taken from what there is.
+    shared = len(held) - pool.idle_among(held)
     blocks = blocks_for(choice.length, size) - shared
     if pool.used_count == 0:
         # Alone it need not leave room to grow: it may move or be recomputed once it has outgrown

@@ -48,6 +48,10 @@ class SchedulerLimits:
     demoted once it decodes."""
     staged_prompts: bool = False
     """Prompts for the host tier go through the device's staging, and count in `streamed_blocks`."""
+    prefix_caching: bool = False
+    """KV of complete blocks stays to be found by whoever has the same tokens before it."""
+    host_lossy: bool = False
+    """The host tier keeps KV in fewer bits than the GPU tier."""
     force_migration_every: int = 0
     """Testing aid: every that many iterations some choice changes its tier; 0 means never."""
 

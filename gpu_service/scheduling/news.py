@@ -72,5 +72,7 @@ class News:
                 queue_seconds=planned - arrival,
                 ttft_seconds=first_token - arrival,
                 cached_prompt_tokens=request.cached_prompt_tokens,
+                cached_host_tokens=request.cached_host_tokens,
+                prefix_hit_tokens=request.prefix_hit_tokens,
             )
         )

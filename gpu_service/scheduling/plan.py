@@ -78,6 +78,8 @@ class Migration:
     """`[ceil(tokens / block_tokens)]` on the tier it leaves."""
     target_blocks: npt.NDArray[np.int32]
     """As many blocks on `target`."""
+    reuse: bool = False
+    """What a choice that starts has found on the other tier, and stays there: no move of its."""
 
 
 @dataclass(frozen=True, slots=True)

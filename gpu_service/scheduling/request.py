@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 
 from gpu_service.engine.messages import Submit
+from gpu_service.kv.keys import BlockKeys, Key
 from gpu_service.kv.table import BlockTable
 from gpu_service.model.sampling_limits import draws_on_device
 from gpu_service.scheduling.plan import PENDING_TOKEN, Flight, Tier
@@ -37,15 +38,21 @@ class Choice:
 
     __slots__ = (
         "__weakref__",
+        "_block_keys",
         "computed",
+        "confirmed",
+        "discarded",
         "flight",
         "forgotten",
         "index",
         "key",
         "last_planned",
+        "lossy",
+        "moved",
         "order",
         "output",
         "pending",
+        "published",
         "request",
         "state",
         "table",
@@ -59,6 +66,17 @@ class Choice:
         """Unique over the life of the engine core; plans name choices by it."""
         self.output: list[int] = []
         self.computed = 0
+        self.confirmed = 0
+        """Of these, as many as results have come of."""
+        self.discarded = 0
+        """Of these, as many as it had when it was preempted last, until it starts again."""
+        self.published = 0
+        """Full blocks of its table that can be found by their contents."""
+        self.moved = 0
+        """Number of the plan that copies its KV to where it is now."""
+        self.lossy = False
+        """Its KV has been on a host tier that keeps it in fewer bits."""
+        self._block_keys: BlockKeys | None = None
         self.state = ChoiceState.HELD if index else ChoiceState.WAITING
         self.tier: Tier | None = None
         """None unless RUNNING."""
@@ -100,6 +118,12 @@ class Choice:
             return tuple(prompt[start:end])
         return (*prompt[start:split], *self.output[max(0, start - split) : end - split])
 
+    def block_keys(self, blocks: int) -> list[Key]:
+        """Names of the contents of its first `blocks` blocks, whose tokens are known."""
+        if self._block_keys is None:
+            self._block_keys = self.request.prompt_keys().copy()
+        return self._block_keys.of(self.token_ids, blocks)
+
     def last_token_id(self) -> int:
         if self.pending:
             return PENDING_TOKEN
@@ -130,8 +154,14 @@ class Request:
     """A client's request: its choices, and what will be told about it at the end."""
 
     def __init__(
-        self, submit: Submit, tiers: tuple[Tier, ...], max_context_tokens: int, first_key: int
+        self,
+        submit: Submit,
+        tiers: tuple[Tier, ...],
+        max_context_tokens: int,
+        first_key: int,
+        keys: BlockKeys | None = None,
     ) -> None:
+        """`keys`: for the contents of its blocks, of none yet; None if nobody looks for them."""
         self.submit = submit
         self.tiers = tiers
         """Where it may be, the preferred tier first. Settled once, so that what was admitted stays
@@ -149,10 +179,23 @@ class Request:
         """Moves, by the tier they went to."""
         self.recomputations = 0
         self.cached_prompt_tokens = 0
+        """Prompt tokens whose KV was there already, over all choices;"""
+        self.cached_host_tokens = 0
+        """of these, on the host tier."""
+        self.prefix_hit_tokens = 0
+        """Prompt tokens whose KV was there when its first choice started."""
+        self._keys = keys
         self.follows_output = not draws_on_device(submit.sampling)
         """Its next draw needs to know its output on the host."""
         self.wants_prompt_logprobs = submit.sampling.prompt_logprobs is not None
         """Turns False once they have been told."""
+
+    def prompt_keys(self) -> BlockKeys:
+        """With those of the prompt's full blocks, which its choices share."""
+        assert self._keys is not None
+        blocks = len(self.prompt) // self._keys.block_tokens
+        self._keys.of(lambda start, end: self.prompt[start:end], blocks)
+        return self._keys
 
     @property
     def request_id(self) -> str:

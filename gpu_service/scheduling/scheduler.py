@@ -14,7 +14,7 @@ import itertools
 
 from gpu_service.engine.messages import Submit, TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
-from gpu_service.scheduling import admission, residency
+from gpu_service.scheduling import admission, residency, reuse
 from gpu_service.scheduling.batching import BatchBuilder, add_running
 from gpu_service.scheduling.budget import token_budget
 from gpu_service.scheduling.costs import SweepCosts
@@ -77,7 +77,9 @@ class Scheduler:
         assert submit.request_id not in self.state.requests, "the front end keeps ids unique"
         keys = [next(self._keys) for _ in range(submit.sampling.n)]
         tiers = self.state.tiers_for(submit)
-        request = Request(submit, tiers, self.limits.max_context_tokens, keys[0])
+        request = Request(
+            submit, tiers, self.limits.max_context_tokens, keys[0], self.state.new_keys(submit)
+        )
         failure = admission.refuse(self.state, request, len(self._unstarted))
         if submit.deadline is not None and submit.deadline <= now:
             failure = _DEADLINE
@@ -119,6 +121,7 @@ class Scheduler:
         expired = now - self._host_away_since >= LEASE_EXPIRED_SHARE * self.limits.lease_seconds
         if host is HostTierState.LOST and not self._host_lost:
             self._host_lost = True
+            state.pools[Tier.HOST].forget()
             for choice in state.running_on(Tier.HOST):
                 if choice.state is not ChoiceState.RUNNING:
                     continue  # it ended with another choice of its request
@@ -155,7 +158,8 @@ class Scheduler:
             migrations += residency.send_down(state) or residency.promote(state)
         batch = BatchBuilder(token_budget(state, self.costs), self.iterations, self.limits)
         add_running(state, batch)
-        for choice in admission.admit(state, batch):
+        admitted = admission.admit(state, batch)
+        for choice in admitted.choices:
             request = choice.request
             self._unstarted.pop(request.request_id, None)
             if request.first_planned is None:
@@ -165,7 +169,7 @@ class Scheduler:
         return IterationPlan(
             number=self.iterations,
             mode=mode,
-            migrations=self._still_valid(migrations),
+            migrations=(*self._still_valid(migrations), *admitted.copies),
             batches=batches,
         )
 
@@ -307,6 +311,8 @@ class Scheduler:
             choice.computed -= tokens
         else:
             self._collect_prompt_logprobs(choice, result)
+            choice.confirmed += tokens
+            reuse.publish(self.state, choice, plan.number)
             if key in result.tokens:
                 self._accept(choice, tier, result.tokens[key], now)
 

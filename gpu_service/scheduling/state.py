@@ -9,16 +9,37 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gpu_service.engine.messages import Submit
 from gpu_service.kv.allocator import BlockAllocator
+from gpu_service.kv.keys import SECRET_BYTES, BlockKeys, root_key
 from gpu_service.kv.table import BlockTable, blocks_for
 from gpu_service.scheduling.decision import Decision
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import Flight, Migration, Tier
 from gpu_service.scheduling.request import Choice, ChoiceState, Request
 from gpu_service.scheduling.waiting import WaitingQueue
+
+if TYPE_CHECKING:
+    from gpu_service.scheduling.reuse import Reuse
+
+
+@dataclass
+class PrefixTokens:
+    """Since the engine started; of choices as they started for the first time."""
+
+    queried: int = 0
+    """Prompt tokens that were looked up,"""
+    found: int = 0
+    """whose KV was there,"""
+    found_on_host: int = 0
+    """and on the host tier."""
 
 
 class SchedulerState:
@@ -51,10 +72,12 @@ class SchedulerState:
         """Number of the last sweep whose results may still come."""
         self.recomputations = 0
         self.recomputed_tokens = 0
-        """Whose KV was thrown away."""
+        """Whose KV was thrown away, and was not there any more when they started again."""
         self.migrations = dict.fromkeys(Tier, 0)
         self.given_back_tokens = dict.fromkeys(Tier, 0)
         """By choices that ended or left the tier, since the engine started."""
+        self.prefix_tokens = PrefixTokens()
+        self._secret = secrets.token_bytes(SECRET_BYTES)
 
     # -- questions ---------------------------------------------------------------------------
 
@@ -144,22 +167,58 @@ class SchedulerState:
         needed = blocks_for(choice.length_after(horizon_tokens), self.limits.block_tokens)
         return max(0, needed - len(choice.table))
 
+    def new_keys(self, submit: Submit) -> BlockKeys | None:
+        """For the contents of a request's blocks."""
+        if not self.limits.prefix_caching:
+            return None
+        return BlockKeys(root_key(self._secret, submit.cache_salt), self.limits.block_tokens)
+
     # -- verbs -------------------------------------------------------------------------------
 
-    def start(self, choice: Choice, tier: Tier, shared: list[int]) -> None:
-        """WAITING -> RUNNING with blocks for all its known tokens, `shared` (from
-        `shareable_blocks`) among them."""
+    def start(self, choice: Choice, tier: Tier, reuse: Reuse) -> Migration | None:
+        """WAITING -> RUNNING with blocks for all its known tokens, those of `reuse` among them;
+        returns what is to be copied before its first row runs."""
         assert choice.state is ChoiceState.WAITING
         pool, size = self.pools[tier], self.limits.block_tokens
-        pool.fork(shared)
-        own = pool.allocate(blocks_for(choice.length, size) - len(shared))
+        held, copied = len(reuse.held), len(reuse.copied)
+        pool.fork(reuse.held)
+        own = pool.allocate(blocks_for(choice.length, size) - held)
         self.waiting.remove(choice)
         choice.state, choice.tier = ChoiceState.RUNNING, tier
-        choice.table = BlockTable([*shared, *own])
-        choice.computed = len(shared) * size
-        choice.request.cached_prompt_tokens += choice.computed
+        choice.table = BlockTable([*reuse.held, *own])
+        choice.computed = choice.confirmed = (held + copied) * size
+        choice.published = held
+        choice.lossy = tier is Tier.HOST and self.limits.host_lossy
+        self.recomputed_tokens += max(0, choice.discarded - choice.computed)
+        choice.discarded = 0
         bisect.insort(self.running, choice, key=lambda c: c.order)
         self.running_by_key[choice.key] = choice
+        self._count_reuse(choice, tier, reuse)
+        if not copied:
+            return None
+        choice.moved = self.launched + 1
+        return Migration(
+            key=choice.key,
+            target=tier,
+            tokens=copied * size,
+            source_blocks=np.array(reuse.copied, np.int32),
+            target_blocks=choice.table.view()[held : held + copied],
+            reuse=True,
+        )
+
+    def _count_reuse(self, choice: Choice, tier: Tier, reuse: Reuse) -> None:
+        if choice.forgotten:
+            return  # it has been counted when it started for the first time
+        size, request = self.limits.block_tokens, choice.request
+        on_host = size * len(reuse.held if tier is Tier.HOST else reuse.copied)
+        request.cached_prompt_tokens += choice.computed
+        request.cached_host_tokens += on_host
+        if request.first_planned is None:
+            request.prefix_hit_tokens = choice.computed
+        if reuse.looked_up:
+            self.prefix_tokens.queried += len(request.prompt)
+            self.prefix_tokens.found += choice.computed
+            self.prefix_tokens.found_on_host += on_host
 
     def reserve(self, choice: Choice, tokens: int) -> bool:
         """Make room for `tokens` tokens in the choice's table; False (and no change) if there are
@@ -194,6 +253,8 @@ class SchedulerState:
         self.given_back_tokens[source] += choice.length
         self.pools[source].free(choice.table.tolist())
         choice.tier, choice.table = target, table
+        choice.published, choice.moved = 0, self.launched + 1
+        choice.lossy = choice.lossy or (target is Tier.HOST and self.limits.host_lossy)
         choice.request.migrations[target] += 1
         self.migrations[target] += 1
         return migration
@@ -204,8 +265,8 @@ class SchedulerState:
         if choice.computed:
             choice.request.recomputations += 1
             self.recomputations += 1
-            self.recomputed_tokens += choice.computed
-        choice.computed = choice.pending = 0
+            choice.discarded = choice.computed
+        choice.computed = choice.confirmed = choice.published = choice.pending = 0
         choice.forgotten = self.launched
         choice.state = ChoiceState.WAITING
         self.waiting.push(choice)
@@ -249,6 +310,7 @@ class SchedulerState:
             self.flights[choice.flight] = choice.table.tolist()
             choice.flight = None
         choice.tier, choice.table = None, BlockTable()
+        choice.lossy = False
         del self.running_by_key[choice.key]
         place = bisect.bisect_left(self.running, choice.order, key=lambda c: c.order)
         assert self.running[place] is choice
@@ -290,11 +352,12 @@ class SchedulerState:
             assert self.running_by_key[choice.key] is choice
             assert 0 <= choice.computed < choice.length
             assert choice.pending >= 0
+            assert 0 <= choice.confirmed <= choice.computed
             assert len(choice.table) >= blocks_for(choice.computed, size)
-            # Only full blocks of the prompt may be shared: nobody ever writes into those again.
+            # Only complete blocks may be shared: nobody ever writes into those again.
             assert choice.tier is not None
             pool = self.pools[choice.tier]
-            private = choice.table.tolist()[len(choice.request.prompt) // size :]
+            private = choice.table.tolist()[choice.computed // size :]
             assert all(pool.references(block) == 1 for block in private)
 
     @staticmethod

@@ -65,6 +65,10 @@ def add(subparsers: Any) -> None:
     placing.add_argument("--priority", type=int, default=0, help="-100 to 100 (default: 0)")
     placing.add_argument("--ttft-ms", type=float, help="target for the first token")
     placing.add_argument("--tpot-ms", type=float, help="target for each further token")
+    placing.add_argument(
+        "--cache-salt", default="", metavar="TEXT",
+        help="share KV of equal beginnings with requests that say the same here only",
+    )  # fmt: skip
     parser.add_argument("--request-id", default="", help="default: the server makes one")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after that long")
     parser.add_argument(
@@ -158,7 +162,11 @@ def run(arguments: argparse.Namespace) -> int:
             request_id=arguments.request_id,
             sampling=sampling_of(arguments),
             scheduling=Scheduling(
-                arguments.placement, arguments.priority, arguments.ttft_ms, arguments.tpot_ms
+                arguments.placement,
+                arguments.priority,
+                arguments.ttft_ms,
+                arguments.tpot_ms,
+                arguments.cache_salt,
             ),
             deadline_seconds=arguments.deadline,
             include_special_tokens=arguments.include_special_tokens,

@@ -164,6 +164,28 @@ async def test_choices_logprobs_and_seeds(inference: Any) -> None:
     assert first.usage.cached_prompt_tokens > 0
 
 
+async def test_what_was_computed_is_found_again_by_the_same_tenant(
+    inference: Any, engine: Any
+) -> None:
+    prompt = types_pb2.TokenIds(ids=list(range(40, 90)))
+
+    async def ask(tenant: str, salt: str = "") -> int:
+        asked = request(max_tokens=2)
+        asked.token_ids.CopyFrom(prompt)
+        asked.scheduling.cache_salt = salt
+        usage = (await inference.Generate(asked, metadata=[("x-neo-tenant", tenant)])).usage
+        assert usage.cached_prompt_tokens == usage.prefix_hit_tokens
+        return int(usage.prefix_hit_tokens)
+
+    before = (await engine.GetLoad(engine_pb2.GetLoadRequest())).load
+    assert [await ask("a"), await ask("a")] == [0, 48]
+    assert [await ask("b"), await ask("a", "s"), await ask("b", "s")] == [0, 0, 0]
+    assert [await ask("b"), await ask("a", "s")] == [48, 48]
+    after = (await engine.GetLoad(engine_pb2.GetLoadRequest())).load
+    assert after.prefix_query_tokens_total - before.prefix_query_tokens_total == 7 * 50
+    assert after.prefix_hit_tokens_total - before.prefix_hit_tokens_total == 3 * 48
+
+
 async def test_abort_ends_the_stream(inference: Any, service: Service) -> None:
     endless = request(max_tokens=900)
     endless.request_id = "to-abort"

@@ -38,6 +38,7 @@ def limits(**changes: object) -> SchedulerLimits:
         "max_context_tokens": 128,
         "max_batch_tokens": 24,
         "max_running": 16,
+        "prefix_caching": True,
         "eos_token_ids": frozenset({7}),
     }
     return SchedulerLimits(**{**values, **changes})  # type: ignore[arg-type]
@@ -181,6 +182,11 @@ class Machine:
                 return
             assert self.step(), "live requests, but nothing can run"
         raise AssertionError("requests starve")
+
+    def lose_host(self) -> None:
+        """What was in the host pool is gone."""
+        for place in [place for place in self._books.stored if place[0] is Tier.HOST]:
+            del self._books.stored[place]
 
     def check_empty(self) -> None:
         """Nothing is held any more, once what is under way has landed."""

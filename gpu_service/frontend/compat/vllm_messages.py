@@ -122,7 +122,7 @@ class Answer:
     _tokens: dict[int, int] = field(default_factory=dict)
 
     def take(self, message: neo.GenerateStreamResponse) -> Iterator[vllm.GenerateResponse]:
-        cached = message.usage.cached_prompt_tokens  # comes with the last message
+        cached = message.usage.prefix_hit_tokens  # comes with the last message
         if message.prompt_logprobs:
             self._input = self._input_logprobs(message.prompt_logprobs)
         for delta in message.deltas:

@@ -152,11 +152,13 @@ def test_statistics() -> None:
     stats.take(message(1), 10.5)
     stats.take(message(2), 10.7)
     stats.take(message(0), 10.75)
-    usage = types_pb2.Usage(prompt_tokens=4, gpu_tokens=1, host_tokens=2, demotions=1)
+    usage = types_pb2.Usage(
+        prompt_tokens=4, prefix_hit_tokens=3, gpu_tokens=1, host_tokens=2, demotions=1
+    )
     stats.take(message(1, usage), 10.8)
     assert stats.line() == (
         "TTFT 500.0 ms | TPOT 100.0 ms | 4 tokens | decoded on GPU tier 1 / host tier 2 | "
-        "prompt 4 | 1 migrations"
+        "prompt 4 (3 cached) | 1 migrations"
     )
     assert StreamStats(0.0).line() == "TTFT - ms | TPOT - ms | 0 tokens"
 

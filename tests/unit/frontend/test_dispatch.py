@@ -62,7 +62,7 @@ def usage(gpu: int, host: int) -> RequestUsage:
     return RequestUsage(
         request_id="a", completion_tokens=gpu + host, gpu_tokens=gpu, host_tokens=host,
         demotions=1, promotions=2, recomputations=3, queue_seconds=0.5, ttft_seconds=0.75,
-        cached_prompt_tokens=2,
+        cached_prompt_tokens=2, cached_host_tokens=1, prefix_hit_tokens=1,
     )  # fmt: skip
 
 

@@ -39,10 +39,13 @@ BLOCKS = np.arange(3, dtype=np.int32)
 
 def load(**changes: Any) -> Load:
     values: dict[str, Any] = {
-        "host_tier_state": "up", "gpu": TierLoad(100, 25, 3, 40), "host": TierLoad(200, 150, 2, 7),
+        "host_tier_state": "up",
+        "gpu": TierLoad(100, 25, 3, 40, cached_blocks=9), "host": TierLoad(200, 150, 2, 7),
         "waiting_requests": 4, "waiting_prompt_tokens": 99, "block_tokens": 16,
         "demotions_total": 5, "promotions_total": 1, "recomputations_total": 2,
         "iterations_total": 11, "iteration_seconds": 0.25, "output_tokens_per_second": 8.0,
+        "prefix_query_tokens_total": 90, "prefix_hit_tokens_total": 48,
+        "prefix_host_hit_tokens_total": 16,
     }  # fmt: skip
     return Load(**(values | changes))
 
@@ -74,11 +77,12 @@ def full_metrics() -> FrontendMetrics:
     work = WorkCounters()
     moved = Migration(1, Tier.HOST, 40, BLOCKS, BLOCKS)
     lost = Migration(2, Tier.GPU, 7, BLOCKS[:1], BLOCKS[:1])
+    found = Migration(5, Tier.GPU, 16, BLOCKS[:1], BLOCKS[:1], reuse=True)
     first = SubBatch(prefill=(chunk(1, Tier.GPU, 9),), gpu_decode=(row(2), row(3)))
     work.count(plan(Mode.INLINE, first), SweepResult(), 0.5)
     second = SubBatch(host_decode=(row(4),), streamed=(row(5), row(6)))
     result = SweepResult(lost=frozenset({2}), void=frozenset({4}), host_wait_seconds=0.125)
-    work.count(plan(Mode.INLINE, second, migrations=(moved, lost)), result, 1.0)
+    work.count(plan(Mode.INLINE, second, migrations=(moved, lost, found)), result, 1.0)
     timed = SweepResult(device_seconds=0.25, waited_seconds=0.0625)
     work.count(plan(Mode.DEFERRED, SubBatch(prefill=(chunk(7, Tier.HOST, 3),))), timed, 2.0)
     metrics.engine.counters = work.report(1.0, 30, idle=True)
@@ -142,7 +146,13 @@ def test_the_engines_words_are_what_is_served() -> None:
         "neo_decode_rows_total/streamed": 2,
         "neo_migrated_bytes_total/demote": 3 * 512,
         "neo_migrated_tokens_total/promote": 0,
+        "neo_migrated_tokens_total/reuse": 16,
         "neo_recompute_avoided_tokens_total": 40,
+        "vllm:prefix_cache_queries_total": 90,
+        "vllm:prefix_cache_hits_total": 48,
+        "neo_prefix_hit_tokens_total/gpu": 32,
+        "neo_prefix_hit_tokens_total/host": 16,
+        "neo_kv_cached_blocks/gpu": 9,
         "neo_recomputed_tokens_total": 30,
         "neo_void_rows_total": 1,
         "neo_host_wait_seconds_total": 0.125,

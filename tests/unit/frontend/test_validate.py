@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpu_service.frontend.validate import ParsedRequest, ServedModel, parse_request
 from neo_common.errors import Reason, ServiceError
+from neo_common.grpc import principal
 from protos.neo.v1 import inference_pb2 as pb
 from protos.neo.v1 import types_pb2 as types
 
@@ -89,6 +93,19 @@ def test_deadline_and_scheduling() -> None:
     submit = parse(message, seconds_left=2.5).submit
     assert (submit.deadline, submit.placement, submit.priority) == (12.5, "cpu_preferred", -3)
     assert (submit.tpot_ms, submit.ttft_ms) == (50.0, None)
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_nobody_can_say_a_salt_of_another_tenant(one: str, other: str) -> None:
+    def salt(tenant: str, said: str) -> str:
+        message = request()
+        message.scheduling.cache_salt = said
+        context = contextvars.copy_context()
+        context.run(principal.enter, principal.ANONYMOUS.for_tenant(tenant))
+        return context.run(lambda: parse(message)).submit.cache_salt
+
+    names = {salt(tenant, said) for tenant in ("", "a", "ab") for said in {one, other}}
+    assert len(names) == 3 * len({one, other})
 
 
 NAN, INF = float("nan"), float("inf")
@@ -179,6 +196,7 @@ BAD_REQUESTS: list[tuple[str, Callable[[pb.GenerateRequest], None]]] = [
     ("scheduling.priority", set_attribute("scheduling.priority", 101)),
     ("scheduling.tpot_ms", set_attribute("scheduling.tpot_ms", 0)),
     ("scheduling.ttft_ms", set_attribute("scheduling.ttft_ms", NAN)),
+    ("scheduling.cache_salt", set_attribute("scheduling.cache_salt", "x" * 129)),
 ]
 
 

@@ -185,7 +185,7 @@ def test_choices_share_the_full_blocks_of_the_prompt(prompt: int) -> None:
 
 
 def test_other_choices_start_when_the_first_is_aborted_during_its_prefill() -> None:
-    machine = machine_with(max_batch_tokens=4)
+    machine = machine_with(max_batch_tokens=4, prefix_caching=False)
     request = submit("a", 20, 3, n=3)
     machine.submit(request)
     machine.step()
@@ -443,7 +443,7 @@ def test_the_machine_finds_dropped_migrations() -> None:
 
 
 def test_the_machine_finds_blocks_shared_by_mistake() -> None:
-    machine = machine_with(gpu_blocks=64)
+    machine = machine_with(gpu_blocks=64, prefix_caching=False)
     state = machine.scheduler.state
     original = state.shareable_blocks
 

@@ -10,12 +10,20 @@ from typing import Any, NoReturn, Protocol
 import grpc
 from aiohttp import web
 
-from neo_common.grpc.principal import TENANT_KEY
+from neo_common.grpc.principal import PRIORITY_KEY, TENANT_KEY
 from neo_http.errors import CallFailed
 
 SESSION_KEY = "x-neo-session-id"
 """Which calls belong together, for a router."""
-PASSED_ON = ("authorization", TENANT_KEY, SESSION_KEY, "traceparent", "tracestate", "baggage")
+PASSED_ON = (
+    "authorization",
+    TENANT_KEY,
+    PRIORITY_KEY,
+    SESSION_KEY,
+    "traceparent",
+    "tracestate",
+    "baggage",
+)
 """Headers that have a meaning as metadata."""
 
 Metadata = tuple[tuple[str, str | bytes], ...]

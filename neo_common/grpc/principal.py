@@ -17,6 +17,9 @@ TENANT_KEY = "x-neo-tenant"
 """Metadata: whose call it is. Believed where authentication is off, and from a caller whose role is
 `service`; from others it is passed over."""
 MAX_TENANT_CHARS = 128
+PRIORITY_KEY = "x-neo-priority"
+"""Metadata: how urgent the call is to a router, a whole number of -100 to 100. It goes before
+`scheduling.priority`, and is the only way in protocols that have no such field."""
 
 
 class Role(enum.StrEnum):

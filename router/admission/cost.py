@@ -18,14 +18,12 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from neo_common.grpc.principal import PRIORITY_KEY
 from protos.compat import kserve_pb2 as kserve
 from protos.compat import vllm_engine_pb2 as vllm
 from protos.neo.v1 import inference_pb2 as inference
 from router.admission.policy import SharedLimits
 
-PRIORITY_KEY = "x-neo-priority"
-"""Metadata: a whole number; overrides `scheduling.priority` for admission, and is the only way for
-protocols that have no such field."""
 MAX_PRIORITY = 100
 
 

@@ -11,13 +11,15 @@ import grpc.aio
 import pytest
 
 from neo_common.errors import ErrorDetails, Reason, ServiceError
-from neo_common.grpc.principal import TENANT_KEY, Principal, Role
+from neo_common.grpc.principal import PRIORITY_KEY, TENANT_KEY, Principal, Role
 from protos.compat import kserve_pb2 as kserve
 from protos.compat import kserve_pb2_grpc
 from protos.neo.v1 import inference_pb2 as inference
-from router.admission.cost import PRIORITY_KEY, Cost
+from router.admission.cost import Cost
+from router.app import Router
 from tests.support.fake_backend import FakeBackend, fake_backends
 from tests.support.front import Front, details, front, rest
+from tests.support.http import COMPLETION, events, http_front
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -44,12 +46,12 @@ def stream(ready: Front, tenant: str = "", priority: int = 0, **named: Any) -> A
     return ready.inference.GenerateStream(request, metadata=metadata, **named)
 
 
-async def until_waiting(ready: Front, count: int) -> None:
+async def until_waiting(router: Router, count: int) -> None:
     """Looks whenever a backend reports, every 20 ms."""
     news = asyncio.Event()
-    ready.router.registry.on_change(news.set)
+    router.registry.on_change(news.set)
     async with asyncio.timeout(20):
-        while ready.router.admission.waiting != count:
+        while router.admission.waiting != count:
             news.clear()
             await news.wait()
 
@@ -76,7 +78,7 @@ async def test_callers_wait_their_turn(tenants: TenantsFile) -> None:
             calls.append(asyncio.create_task(
                 _texts(stream(ready, name, priority, request_id=request_id))
             ))  # fmt: skip
-            await until_waiting(ready, number + 1)
+            await until_waiting(ready.router, number + 1)
         assert order(a) == ["first"]
         assert a.hold is not None
         a.hold.set()
@@ -103,7 +105,7 @@ async def test_a_full_queue_refuses_with_a_delay(tenants: TenantsFile) -> None:
     async with fake_backends(1) as (a,), front([a], tenants=str(tenants)) as ready:
         first = await held(ready, a)
         waits = asyncio.create_task(refused(stream(ready, "x")))
-        await until_waiting(ready, 1)
+        await until_waiting(ready.router, 1)
         code, said = await refused(stream(ready, "x"))
         assert (code, said.reason) == (EXHAUSTED, "QUEUE_FULL")
         assert said.retry_after is not None
@@ -125,15 +127,15 @@ async def test_who_leaves_frees_the_place(tenants: TenantsFile) -> None:
         first = await held(ready, a)
         gone = stream(ready)
         gone_read = asyncio.ensure_future(gone.read())
-        await until_waiting(ready, 1)
+        await until_waiting(ready.router, 1)
         gone.cancel()
         await asyncio.gather(gone_read, return_exceptions=True)
-        await until_waiting(ready, 0)
+        await until_waiting(ready.router, 0)
         late = asyncio.create_task(refused(stream(ready, timeout=0.3)))
-        await until_waiting(ready, 1)
+        await until_waiting(ready.router, 1)
         code, said = await late
         assert code in (grpc.StatusCode.DEADLINE_EXCEEDED, EXHAUSTED), said.reason
-        await until_waiting(ready, 0)
+        await until_waiting(ready.router, 0)
         first.cancel()
         a.hold.set()  # type: ignore[union-attr]
         assert await _texts(stream(ready)) == "a0 a1 a2 "
@@ -156,7 +158,7 @@ async def test_the_file_is_read_again(tenants: TenantsFile) -> None:
         first = await held(ready, a)
         second = stream(ready)
         reading = asyncio.ensure_future(second.read())
-        await until_waiting(ready, 1)
+        await until_waiting(ready.router, 1)
         tenants.write("max_running: -1  # kept out")
         assert (await refused(stream(ready, timeout=0.2)))[0] is not grpc.StatusCode.INTERNAL
         assert not reading.done()
@@ -170,7 +172,7 @@ async def test_backends_with_full_queues_are_spared(tenants: TenantsFile) -> Non
     tenants.write("max_backend_waiting: 4")
     async with fake_backends(1, waiting=4) as (a,), front([a], tenants=str(tenants)) as ready:
         call = asyncio.create_task(_texts(stream(ready)))
-        await until_waiting(ready, 1)
+        await until_waiting(ready.router, 1)
         assert not a.requests
         a.waiting = 3
         assert await asyncio.wait_for(call, 10) == "a0 a1 a2 "
@@ -232,9 +234,9 @@ async def test_requests_of_one_stream_wait_one_by_one(tenants: TenantsFile) -> N
         call = stub.ModelStreamInfer(requests())
         messages = [await asyncio.wait_for(call.read(), 10) for _ in range(2)]
         assert all("QUEUE_FULL" in message.error_message for message in messages)
-        await until_waiting(ready, 1)
+        await until_waiting(ready.router, 1)
         call.cancel()
-        await until_waiting(ready, 0)
+        await until_waiting(ready.router, 0)
         first.cancel()
 
 
@@ -250,6 +252,23 @@ async def test_other_listeners_can_call_it(tenants: TenantsFile) -> None:
             assert code in (grpc.StatusCode.DEADLINE_EXCEEDED, EXHAUSTED), said.reason
             permit.settle(12.0)
         assert admission.running == 0
+
+
+async def test_over_http_it_is_the_same(tenants: TenantsFile) -> None:
+    tenants.write("{max_running: 1, max_queued: 1, default: {max_class: high}}")
+    async with fake_backends(1) as (a,), http_front([a], tenants=str(tenants)) as http:
+        a.hold = asyncio.Event()
+        async with http.stream("/v1/completions", COMPLETION) as answer:
+            await anext(events(answer))
+            low, high = ({PRIORITY_KEY: priority} for priority in ("-1", "1"))
+            waits = asyncio.create_task(http.post("/v1/completions", COMPLETION, headers=low))
+            await until_waiting(http.router, 1)
+            urgent = asyncio.create_task(http.post("/v1/completions", COMPLETION, headers=high))
+            reply = await asyncio.wait_for(waits, 10)
+            assert (reply.status, reply.error["code"]) == (429, "QUEUE_FULL")
+            assert int(reply.headers["Retry-After"]) >= 1
+            a.hold.set()
+        assert (await asyncio.wait_for(urgent, 10)).status == 200
 
 
 async def test_without_a_file_nobody_waits() -> None:

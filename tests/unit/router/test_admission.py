@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from neo_common.errors import Reason
+from neo_common.grpc.principal import PRIORITY_KEY
 from protos.compat import kserve_pb2 as kserve
 from protos.compat import vllm_engine_pb2 as vllm
 from protos.neo.v1 import inference_pb2 as inference
@@ -295,10 +296,10 @@ def test_priorities() -> None:
     request = inference.GenerateRequest(scheduling=types.SchedulingParams(priority=-3))
     data = request.SerializeToString()
     assert cost.asked(STREAM, data, (), SHARED).priority == -3
-    assert cost.asked(STREAM, data, ((cost.PRIORITY_KEY, "7"),), SHARED).priority == 7
+    assert cost.asked(STREAM, data, ((PRIORITY_KEY, "7"),), SHARED).priority == 7
     for wrong in ("high", "101", "1.5", ""):
         with pytest.raises(ValueError, match="whole number"):
-            cost.asked(STREAM, data, ((cost.PRIORITY_KEY, wrong),), SHARED)
+            cost.asked(STREAM, data, ((PRIORITY_KEY, wrong),), SHARED)
     assert [PriorityClass.of(n) for n in (-1, 0, 1)] == [LOW, NORMAL, HIGH]
 
 

@@ -22,6 +22,9 @@ from router.admission.metrics import AdmissionMetrics
 from router.backend import Backend
 from router.chooser import Chooser
 from router.config import RouterConfig
+from router.discovery.follow import Discovery
+from router.discovery.kubernetes import ApiServer
+from router.discovery.targets import KubernetesTarget
 from router.forward import SERVICE, Forwarder, RelayLimits
 from router.http import http_listener
 from router.joining import Pace
@@ -39,6 +42,31 @@ DRAIN_CALL_SECONDS = 10.0
 log = logging.getLogger("router")
 
 
+def discovery(config: RouterConfig) -> Discovery:
+    """Raises ValueError when the API server that it needs cannot be known."""
+    targets = config.targets()
+    api = None
+    if any(isinstance(target, KubernetesTarget) for target in targets):
+        api = ApiServer.of(config.kubernetes_api, config.kubernetes_account)
+    return Discovery(targets, config.dns_interval_seconds, api)
+
+
+def chooser(config: RouterConfig) -> Chooser:
+    by_model = {model: POLICIES[name] for model, name in config.policies_by_model().items()}
+    return Chooser(POLICIES[config.policy], by_model, config.default_model)
+
+
+def relay_limits(config: RouterConfig) -> RelayLimits:
+    return RelayLimits(
+        max_attempts=config.max_attempts,
+        retry_ratio=config.retry_ratio,
+        retry_base_seconds=config.retry_base_ms / 1e3,
+        retry_max_seconds=config.retry_max_ms / 1e3,
+        abort_seconds=config.abort_seconds,
+        retry_after_seconds=config.retry_after_seconds,
+    )
+
+
 class Router:
     """One router. `start` it, `stop` it; used by one event loop."""
 
@@ -46,20 +74,17 @@ class Router:
         self.config = config
         self.collector = metrics.service_registry("router")
         self._metrics = RouterMetrics(self.collector)
+        self.discovery = discovery(config)
         self.registry = Registry(
             lambda address: Backend(address, self._channel(address), config.stale_seconds),
-            config.backends,
+            self.discovery.addresses,
             WatchTiming(
                 interval_ms=config.load_interval_ms,
                 silence_seconds=config.silence_seconds,
                 backoff_seconds=config.reconnect_seconds,
                 max_backoff_seconds=config.max_reconnect_seconds,
             ),
-            Chooser(
-                POLICIES[config.policy],
-                {model: POLICIES[name] for model, name in config.policies_by_model().items()},
-                config.default_model,
-            ),
+            chooser(config),
         )
         self.admission = Admission(
             config.tenants, self.registry.room, AdmissionMetrics(self.collector)
@@ -78,14 +103,7 @@ class Router:
             self.registry,
             Gate(config.max_calls, config.retry_after_seconds),
             self._metrics,
-            RelayLimits(
-                max_attempts=config.max_attempts,
-                retry_ratio=config.retry_ratio,
-                retry_base_seconds=config.retry_base_ms / 1e3,
-                retry_max_seconds=config.retry_max_ms / 1e3,
-                abort_seconds=config.abort_seconds,
-                retry_after_seconds=config.retry_after_seconds,
-            ),
+            relay_limits(config),
             self.admission,
             self.pace,
         )
@@ -137,6 +155,7 @@ class Router:
         if self.admission.on:
             self.registry.on_change(self.admission.turn)
         self.registry.start()
+        self.discovery.start(self.registry.apply)
         self.pace.start()
         self._tasks.append(asyncio.create_task(self._follow_backends(), name="health"))
         if self.config.status_port:
@@ -162,6 +181,7 @@ class Router:
         finished = await self.server.drain(self.config.drain_grace_seconds)
         if self.http is not None:
             await self.http.stop()
+        await self.discovery.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from neo_common.grpc.settings import ListenSettings, PeerSettings
 from neo_http.settings import HttpSettings
+from router.discovery.targets import Target, parse
 from router.policies import POLICIES
 
 
@@ -20,7 +21,17 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
     """Address of the calls for operators (RouterService); `auto` is `listen` itself where only this
     machine can connect to that, and else 127.0.0.1 at its port + 10."""
     backends: tuple[str, ...] = ()
-    """gRPC addresses of the gpu_services; at least one."""
+    """The gpu_services, at least one: gRPC addresses, `dns:///NAME:PORT` for all addresses of a
+    name, `k8s:///NAMESPACE/SERVICE:PORT` for the ready pods behind a Service (without NAMESPACE: in
+    the router's own). Those found so may change at any time."""
+    dns_interval_seconds: float = 30.0
+    """Names of `dns:///` are looked up again after this, or earlier when their time to live is
+    over."""
+    kubernetes_api: str = ""
+    """URL of the API server for `k8s:///`; empty means that of the cluster that the router runs
+    in."""
+    kubernetes_account: str = "/var/run/secrets/kubernetes.io/serviceaccount"
+    """Folder with the service account's `token`, `ca.crt` and `namespace`."""
 
     policy: str = "predicted-wait"
     """Which backend gets a call: `predicted-wait` (the least), `kv-pressure` (the least),
@@ -77,6 +88,10 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
     log_format: str = "text"
     """`text` or `json`."""
 
+    def targets(self) -> list[Target]:
+        """What `backends` says. Raises ValueError."""
+        return [parse(text) for text in self.backends]
+
     def policies_by_model(self) -> dict[str, str]:
         """Model -> policy of `model_policies`. Raises ValueError."""
         found = {}
@@ -99,6 +114,7 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
             raise ValueError("backends must name at least one gpu_service, such as 127.0.0.1:7001")
         if len(set(self.backends)) < len(self.backends):
             raise ValueError("backends must not name an address twice")
+        self.targets()
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         self.policies_by_model()
@@ -107,7 +123,7 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
                 raise ValueError(f"{name} must be at least 1")
         for name in (
             "abort_seconds", "retry_after_seconds", "stale_seconds", "silence_seconds",
-            "reconnect_seconds", "max_reconnect_seconds",
+            "reconnect_seconds", "max_reconnect_seconds", "dns_interval_seconds",
         ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0")

@@ -55,6 +55,7 @@ class RouterMetrics:
     ) -> None:
         self.clock = clock
         self.recent = RecentCalls()
+        self._shown: set[str] = set()
         self.calls = Counter(
             "neo_router_calls", "Calls by method and final status.", ["method", "code"],
             registry=registry,
@@ -103,6 +104,11 @@ class RouterMetrics:
 
     def update(self, backends: tuple[Backend, ...], now: float) -> None:
         """Bring the gauges up to date."""
+        for gone in self._shown - {backend.address for backend in backends}:
+            for each in BackendState:
+                self.state.remove(gone, each.value)
+            self.in_flight.remove(gone)
+        self._shown = {backend.address for backend in backends}
         for backend in backends:
             state, _ = backend.assess(now)
             for each in BackendState:

@@ -62,12 +62,12 @@ class Front:
 
 
 @asynccontextmanager
-async def front(backends: list[FakeBackend], **settings: Any) -> AsyncIterator[Front]:
+async def front(backends: list[FakeBackend], /, **settings: Any) -> AsyncIterator[Front]:
     """A router before `backends`, all of which are UP."""
     config = RouterConfig(
         listen="127.0.0.1:0",
-        backends=tuple(backend.address for backend in backends),
         **{
+            "backends": tuple(backend.address for backend in backends),
             "load_interval_ms": 20, "stale_seconds": 0.5, "silence_seconds": 1.0,
             "reconnect_seconds": 0.02, "max_reconnect_seconds": 0.1, "drain_grace_seconds": 2.0,
             **settings,
@@ -80,7 +80,8 @@ async def front(backends: list[FakeBackend], **settings: Any) -> AsyncIterator[F
         ) as channel,
     ):
         ready = Front(router, channel)
-        await ready.states(*[BackendState.UP] * len(backends))
+        if backends:
+            await ready.states(*[BackendState.UP] * len(backends))
         yield ready
 
 

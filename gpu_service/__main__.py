@@ -32,6 +32,7 @@ from neo_common.config import dump, fail, load_or_exit
 from neo_common.grpc.server import ServiceServer
 from neo_common.grpc.settings import admin_address
 from neo_common.machine.report import MachineCollector, MachineServicer, load
+from neo_common.tracing import open_tracer
 from neo_common.version import version
 from protos.neo.v1 import (
     engine_pb2,
@@ -61,8 +62,9 @@ class GpuService:
         self._metrics = FrontendMetrics(self._name, self._spec.max_context_tokens)
         self._metrics.registry.register(MachineCollector(self._machine))
         self._dispatcher = Dispatcher(self._engine, self._tokenizer, self._metrics)
+        self._tracer = open_tracer(PROG, config)
         self._inference = InferenceServicer(
-            self._spec, self._tokenizer, self._dispatcher, self._metrics
+            self._spec, self._tokenizer, self._dispatcher, self._metrics, self._tracer
         )
         self._info = engine_pb2.GetInfoResponse(
             version=version(),
@@ -120,6 +122,7 @@ class GpuService:
             finally:
                 await self._engine.stop(grace_seconds=0)
                 await self._server.stop()
+                await asyncio.to_thread(self._tracer.close)
 
     async def _serve(self) -> int:
         stopping = asyncio.create_task(self._server.wait_for_stop_signal())

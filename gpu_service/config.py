@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neo_common.grpc.settings import ListenSettings, PeerSettings
+from neo_common.tracing import TracingSettings
 
 
 @dataclass(frozen=True)
-class GpuServiceConfig(ListenSettings, PeerSettings):
+class GpuServiceConfig(ListenSettings, PeerSettings, TracingSettings):
     """One gpu_service: a front end and an engine core."""
 
     model: str = ""
@@ -110,6 +111,7 @@ class GpuServiceConfig(ListenSettings, PeerSettings):
         checked where it is known."""
         self.validate_listener()
         self.validate_peers()
+        self.validate_tracing()
         if not self.model:
             raise ValueError(
                 "model must be given: a Hugging Face directory, a GGUF file or smollm2"

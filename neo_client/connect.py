@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
+from neo_client.trace import trace_metadata
 from neo_common.grpc.settings import is_loopback
 from neo_common.grpc.tls import TlsFiles, channel_credentials
 
@@ -116,10 +117,11 @@ class Connection:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What every call carries."""
+        trace = trace_metadata()
         if self._token is None:
-            return ()
+            return trace
         token = self._token if isinstance(self._token, str) else self._token()
-        return (("authorization", f"Bearer {token}"),)
+        return (("authorization", f"Bearer {token}"), *trace)
 
 
 def _credentials(tls: Tls) -> grpc.ChannelCredentials:

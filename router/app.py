@@ -15,6 +15,7 @@ from neo_common import metrics
 from neo_common.grpc.channel import peer_credentials, peer_options
 from neo_common.grpc.server import ServiceServer
 from neo_common.grpc.settings import admin_address
+from neo_common.tracing import open_tracer
 from protos.neo.v1 import router_pb2, router_pb2_grpc
 from router import compat
 from router.admission.gate import Admission
@@ -73,7 +74,8 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.collector = metrics.service_registry("router")
-        self._metrics = RouterMetrics(self.collector)
+        self._tracer = open_tracer("router", config)
+        self._metrics = RouterMetrics(self.collector, tracer=self._tracer)
         self.discovery = discovery(config)
         self.registry = Registry(
             lambda address: Backend(address, self._channel(address), config.stale_seconds),
@@ -186,6 +188,7 @@ class Router:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.registry.close()
+        await asyncio.to_thread(self._tracer.close)
         self.pace.stop()
         return finished
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from neo_common.grpc.settings import ListenSettings, PeerSettings
+from neo_common.tracing import TracingSettings
 from neo_http.settings import HttpSettings
 from router.discovery.targets import Target, parse
 from router.policies import POLICIES
 
 
 @dataclass(frozen=True)
-class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
+class RouterConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettings):
     """One router in front of some gpu_services."""
 
     listen: str = "127.0.0.1:7000"
@@ -109,6 +110,7 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings):
         """Raises ValueError naming the field."""
         self.validate_listener()
         self.validate_peers()
+        self.validate_tracing()
         self.validate_http()
         if not self.backends:
             raise ValueError("backends must name at least one gpu_service, such as 127.0.0.1:7001")

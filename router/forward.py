@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +142,7 @@ class Forwarder:
     ) -> Failure | None:
         """Make the call on a backend, or several in turn. Returns how the backend refused it, None
         when it ended well; raises ServiceError for what is the router's own to say."""
-        with self._gate.enter(), self._metrics.measure(path) as measured:
+        with self._gate.enter(), self._measure(path, context) as measured:
 
             async def attempts(send: Send) -> Failure | None:
                 return await self._attempts(path, request, context, send, measured)
@@ -174,6 +175,9 @@ class Forwarder:
                     break
         measured.code = failure.code.name if failure else "UNAVAILABLE"
         return self._told(failure)
+
+    def _measure(self, path: str, context: Context) -> AbstractContextManager[Measured]:
+        return self._metrics.measure(path, context.invocation_metadata())
 
     @contextlib.contextmanager
     def _budgeted(self) -> Iterator[None]:
@@ -241,7 +245,7 @@ class Forwarder:
         """Request ids are not known here: every backend that may hold requests is asked."""
 
         async def handle(request: bytes, context: Context) -> bytes:
-            with self._gate.enter(), self._metrics.measure(path) as measured:
+            with self._gate.enter(), self._measure(path, context) as measured:
                 failures: list[Failure] = []
                 for answer in await self.ask_all(path, request, context):
                     if isinstance(answer, bytes):
@@ -259,7 +263,7 @@ class Forwarder:
         message that holds the elements of all."""
 
         async def handle(request: bytes, context: Context) -> bytes:
-            with self._gate.enter(), self._metrics.measure(path) as measured:
+            with self._gate.enter(), self._measure(path, context) as measured:
                 asked = self._registry.per_model()
                 answers = await self.ask_all(path, request, context, asked)
                 listed = [answer for answer in answers if isinstance(answer, bytes)]

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from neo_common.errors import ServiceError
+from neo_common.tracing import NO_TRACES, Span, Tracer
 from router.backend import Backend
 from router.status.recent import RecentCalls
 from router.views import BackendState
@@ -20,8 +22,9 @@ FIRST_MESSAGE_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10
 class Measured:
     """One call as it goes; `code` is the status that it ends with."""
 
-    def __init__(self, metrics: RouterMetrics, method: str) -> None:
+    def __init__(self, metrics: RouterMetrics, method: str, span: Span) -> None:
         self.code = "OK"
+        self._span = span
         self._metrics = metrics
         self._method = method
         self._started = metrics.clock()
@@ -32,6 +35,7 @@ class Measured:
     def attempt(self, backend: str) -> None:
         """The call goes to `backend`."""
         self._metrics.attempts.labels(backend).inc()
+        self._span.event("attempt", backend=backend)
         if self._attempts:
             self._metrics.retries.inc()
         self._attempts += 1
@@ -41,7 +45,8 @@ class Measured:
         if not self._answered:
             self._answered = True
             waited = self._metrics.clock() - self._started
-            self._metrics.first_message.labels(self._method).observe(waited)
+            exemplar = {"trace_id": self._span.trace_id} if self._span.recording else None
+            self._metrics.first_message.labels(self._method).observe(waited, exemplar)
             self._metrics.recent.first_message(waited)
         self._metrics.messages.inc()
         self._metrics.recent.message()
@@ -51,9 +56,13 @@ class RouterMetrics:
     """Counts and times of one router, in `registry`."""
 
     def __init__(
-        self, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic
+        self,
+        registry: CollectorRegistry,
+        clock: Callable[[], float] = time.monotonic,
+        tracer: Tracer = NO_TRACES,
     ) -> None:
         self.clock = clock
+        self._tracer = tracer
         self.recent = RecentCalls()
         self._shown: set[str] = set()
         self.calls = Counter(
@@ -85,22 +94,25 @@ class RouterMetrics:
         )  # fmt: skip
 
     @contextmanager
-    def measure(self, path: str) -> Iterator[Measured]:
-        """Counts one call of `path`, `/package.Service/Method`, when the block ends."""
+    def measure(self, path: str, metadata: Any = ()) -> Iterator[Measured]:
+        """Counts one call of `path`, `/package.Service/Method`, when the block ends, and traces it.
+        metadata: the client's."""
         method = path.rpartition("/")[2]
-        measured = Measured(self, method)
-        try:
-            yield measured
-        except asyncio.CancelledError:
-            measured.code = "CANCELLED"
-            raise
-        except ServiceError as error:
-            measured.code = error.code.name
-            raise
-        finally:
-            self.calls.labels(method, measured.code).inc()
-            if measured.code not in ("OK", "CANCELLED"):
-                self.recent.failed()
+        with self._tracer.call(f"route {method}", metadata, passes_on=True) as span:
+            measured = Measured(self, method, span)
+            try:
+                yield measured
+            except asyncio.CancelledError:
+                measured.code = "CANCELLED"
+                raise
+            except ServiceError as error:
+                measured.code = error.code.name
+                raise
+            finally:
+                self.calls.labels(method, measured.code).inc()
+                span.set(rpc__response__status_code=measured.code)
+                if measured.code not in ("OK", "CANCELLED"):
+                    self.recent.failed()
 
     def update(self, backends: tuple[Backend, ...], now: float) -> None:
         """Bring the gauges up to date."""

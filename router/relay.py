@@ -12,6 +12,7 @@ import grpc.aio
 
 from neo_common.grpc.auth import HEADER
 from neo_common.grpc.principal import TENANT_KEY, current
+from neo_common.tracing import TRACEPARENT, current_traceparent
 
 EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the published stubs lack it
 
@@ -36,10 +37,11 @@ def forwarded(metadata: Any) -> Metadata:
 def outgoing(metadata: Any) -> Metadata:
     """What a backend is sent of a client's metadata, and whose call it is. The client's credentials
     are for the router alone."""
-    passed = tuple(
-        (key, value) for key, value in forwarded(metadata) if key not in (HEADER, TENANT_KEY)
-    )
-    tenant = current().tenant
+    tenant, traceparent = current().tenant, current_traceparent()
+    ours = {HEADER, TENANT_KEY, TRACEPARENT} if traceparent else {HEADER, TENANT_KEY}
+    passed = tuple((key, value) for key, value in forwarded(metadata) if key not in ours)
+    if traceparent:
+        passed = (*passed, (TRACEPARENT, traceparent))
     return (*passed, (TENANT_KEY, tenant)) if tenant else passed
 
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 from gpu_service.engine.counters import WorkCounters
 from gpu_service.engine.messages import Abort, Command, Load, Output, Shutdown, Submit, TierLoad
 from gpu_service.engine.statistics import IterationStatistics, LoadRates
+from gpu_service.engine.traces import RequestTraces
 from gpu_service.model.sampling import SamplingRow
 from gpu_service.model.structured import Guide, Guides
 from gpu_service.offload.host_tier import HostTier
@@ -106,6 +107,7 @@ class EngineCore:
         self._statistics = IterationStatistics()
         self._rates = LoadRates()
         self._work = WorkCounters()
+        self._traces = RequestTraces()
         self._tokens = dict.fromkeys(Tier, 0)
         self._stopping = False
         self._last_load: Load | None = None
@@ -130,8 +132,12 @@ class EngineCore:
                 return
             if command.sampling.grammar and self._guides is not None:
                 self._guides.prepare(command.sampling.grammar)  # compiles while the request waits
-            self.scheduler.submit(command, self._clock())
+            request = self.scheduler.submit(command, self._clock())
+            if request is not None and command.traced:
+                self._traces.begin(request)
         elif isinstance(command, Abort):
+            if command.index is None:
+                self._traces.end(command.request_id)
             self.scheduler.abort(command.request_id, command.index, self._clock())
         else:
             assert isinstance(command, Shutdown)
@@ -192,6 +198,7 @@ class EngineCore:
         self._statistics.observe(now - started, len(result.tokens))
         self._rates.observe(plan, self.scheduler.state.given_back_tokens, now - started)
         self._work.count(plan, result, now - started)
+        self._traces.count(plan, result, started, now)
         if self.observe is not None:
             self.observe(plan, result, now - started)
 
@@ -203,10 +210,12 @@ class EngineCore:
         if not news and load == self._last_load and counters is None:
             return None
         self._last_load = load
+        for refusal in news.refusals:
+            self._traces.end(refusal.request_id)
         return Output(
             deltas=news.deltas,
             prompt_logprobs=news.prompt_logprobs,
-            usages=news.usages,
+            usages=self._traces.attach(news.usages),
             refusals=news.refusals,
             load=load,
             counters=counters,

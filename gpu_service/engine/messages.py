@@ -51,6 +51,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The client's deadline; past it the engine drops the request."""
     cache_salt: str = ""
     """KV is shared among requests with the same one only."""
+    traced: bool = False
+    """Its usage is to bring marks."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -89,6 +91,16 @@ class ChoiceDelta(msgspec.Struct, frozen=True, array_like=True):
     """The id of `stop_token_ids` that ended it; None for end-of-sequence."""
 
 
+class Mark(msgspec.Struct, frozen=True, array_like=True):
+    """A part of a traced request: `prefill` chunk, stretch of `decode`, sampled `sweep`, `move` to
+    the other tier."""
+
+    name: str
+    start: float
+    end: float
+    attributes: dict[str, str | float]
+
+
 class RequestUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Sent when the last choice of a request has ended; see neo.v1.Usage."""
 
@@ -104,6 +116,8 @@ class RequestUsage(msgspec.Struct, frozen=True, kw_only=True):
     cached_prompt_tokens: int
     cached_host_tokens: int
     prefix_hit_tokens: int
+    marks: list[Mark] = []
+    """Of a traced request."""
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):

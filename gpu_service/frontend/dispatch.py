@@ -25,6 +25,7 @@ from gpu_service.engine.messages import (
     Event,
     Failed,
     Load,
+    Mark,
     Output,
     PromptLogprobs,
     Refusal,
@@ -49,11 +50,13 @@ class Engine(Protocol):
 
 @dataclass
 class Update:
-    """News of a request since the last one; `usage` comes with the last."""
+    """News of a request since the last one; `usage` comes with the last, and `marks` of a traced
+    request."""
 
     choices: list[inference.Choice] = field(default_factory=list)
     prompt_logprobs: list[types.TokenLogprobs] = field(default_factory=list)
     usage: types.Usage | None = None
+    marks: list[Mark] = field(default_factory=list)
 
 
 class LiveRequest:
@@ -76,6 +79,7 @@ class LiveRequest:
         ]
         self._prompt_logprobs: list[types.TokenLogprobs] = []
         self._usage: types.Usage | None = None
+        self._marks: list[Mark] = []
         self._error: ServiceError | None = None
         self._news = asyncio.Event()
         self.ended = False
@@ -91,6 +95,7 @@ class LiveRequest:
 
     def end(self, usage: RequestUsage) -> None:
         self._usage = self._usage_message(usage)
+        self._marks = usage.marks
         self.ended = True
         self._news.set()
 
@@ -114,7 +119,7 @@ class LiveRequest:
 
     def _take_out(self) -> Update:
         choices = [out for choice in self.choices if (out := choice.take_out()) is not None]
-        update = Update(choices, usage=self._usage)
+        update = Update(choices, usage=self._usage, marks=self._marks)
         if choices:
             update.prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, []
         return update

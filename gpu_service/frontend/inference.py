@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
+
+from msgspec import structs
 
 from gpu_service.frontend import validate
 from gpu_service.frontend.dispatch import Dispatcher
@@ -16,6 +19,7 @@ from gpu_service.model.structured import GrammarChecker
 from gpu_service.model.tokenizer import Tokenizer
 from neo_common.errors import Reason, ServiceError
 from neo_common.model_spec import ModelSpec
+from neo_common.tracing import NO_TRACES, Tracer
 from protos.neo.v1 import inference_pb2 as pb
 from protos.neo.v1 import inference_pb2_grpc as pb_grpc
 
@@ -31,11 +35,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         tokenizer: Tokenizer,
         dispatcher: Dispatcher,
         metrics: FrontendMetrics,
+        tracer: Tracer = NO_TRACES,
     ) -> None:
         self._spec = spec
         self._tokenizer = tokenizer
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._tracer = tracer
         self._grammars = GrammarChecker(tokenizer, spec.vocab_size)
         self._model: ServedModel | None = None
         self._dtype = ""
@@ -60,7 +66,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        with count_errors(self._metrics):
+        metadata = context.invocation_metadata()
+        with count_errors(self._metrics), self._tracer.call("generate", metadata) as span:
             parsed = await validate.parse_request(
                 request,
                 self.served(),
@@ -70,7 +77,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 grammar=await grammar_of(request.sampling, self._grammars),
             )
             submit = parsed.submit
-            with observe(self._metrics, submit) as observed:
+            if span.recording:
+                parsed = replace(parsed, submit=structs.replace(submit, traced=True))
+            with observe(self._metrics, submit, span) as observed:
                 async with self._dispatcher.open(parsed) as live:
                     async for update in live:
                         observed.take_in(update)

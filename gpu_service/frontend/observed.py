@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from gpu_service.engine.messages import Submit
+from gpu_service.engine.messages import Mark, Submit
 from gpu_service.frontend.dispatch import Update
 from gpu_service.frontend.metrics import FrontendMetrics
 from neo_common.errors import ServiceError
+from neo_common.tracing import NO_SPAN, Span
 from protos.neo.v1 import types_pb2 as types
 
 _REASONS = {
@@ -27,13 +28,13 @@ class Observed:
         self,
         metrics: FrontendMetrics,
         submit: Submit,
-        exemplar: dict[str, str] | None,
+        span: Span = NO_SPAN,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """exemplar: names the request's trace, if it has one."""
         self._metrics = metrics
         self._submit = submit
-        self._exemplar = exemplar
+        self._span = span
+        self._exemplar = {"trace_id": span.trace_id} if span.recording else None
         self._clock = clock
         self._last = 0.0
         self._first: float | None = None
@@ -62,6 +63,8 @@ class Observed:
             self._last = now
         if update.usage is not None:
             self._end(update.usage, now)
+            if self._span.recording:
+                self._trace(update.usage, update.marks)
 
     def _finish(self, reason: str, count: int = 1) -> None:
         self._finished += count
@@ -83,19 +86,36 @@ class Observed:
         if longest > 1:
             metrics.tpot.observe((now - first) / (longest - 1), exemplar)
 
+    def _trace(self, usage: types.Usage, marks: Sequence[Mark]) -> None:
+        """Parts of the request as spans: how the engine spent its time."""
+        arrival, span = self._submit.arrival, self._span
+        span.child("queue", arrival, arrival + usage.queue_seconds, {})
+        for mark in marks:
+            attributes = {f"neo.{name}": value for name, value in mark.attributes.items()}
+            span.child(mark.name, mark.start, mark.end, attributes)
+        span.set(
+            gen_ai__usage__input_tokens=usage.prompt_tokens,
+            gen_ai__usage__output_tokens=usage.completion_tokens,
+            neo__gpu_tokens=usage.gpu_tokens,
+            neo__host_tokens=usage.host_tokens,
+            neo__demotions=usage.demotions,
+            neo__promotions=usage.promotions,
+            neo__recomputations=usage.recomputations,
+            neo__ttft_seconds=usage.ttft_seconds,
+        )
+
     def end_early(self, reason: str) -> None:
         """The choices that have not ended never will."""
+        self._span.set(neo__finish=reason)
         left = self._submit.sampling.n - self._finished
         if left > 0:
             self._finish(reason, left)
 
 
 @contextmanager
-def observe(
-    metrics: FrontendMetrics, submit: Submit, exemplar: dict[str, str] | None = None
-) -> Iterator[Observed]:
+def observe(metrics: FrontendMetrics, submit: Submit, span: Span = NO_SPAN) -> Iterator[Observed]:
     """Around all that is done for one request; what ends the block is how the request ended."""
-    observed = Observed(metrics, submit, exemplar)
+    observed = Observed(metrics, submit, span)
     try:
         yield observed
     except (asyncio.CancelledError, GeneratorExit):

@@ -6,18 +6,24 @@ import asyncio
 import json
 import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
 from deploy.observability.alerts import ALERTS
 from deploy.observability.generate import HERE
+from neo_client import Client, Sampling, Scheduling
 from protos.neo.v1 import types_pb2
+from tests.support.collector import Collector, Seen, collector
 from tests.support.load import Job, random_jobs, run_jobs
 from tests.support.prometheus import Prometheus, prometheus
 from tests.support.stack import Stack, free_port, running_stack, stack_model
 
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 RULES = HERE / "alerts" / "neo.rules.yaml"
 
 
@@ -25,18 +31,38 @@ RULES = HERE / "alerts" / "neo.rules.yaml"
 class Loaded:
     stack: Stack
     prometheus: Prometheus
+    spans: Collector
+
+
+def traced(settings: dict[str, Any], spans: Collector) -> dict[str, Any]:
+    """Nothing is traced but what its caller traces."""
+    tracing = {"trace_endpoint": spans.endpoint, "trace_sample_ratio": 0.0}
+    return {name: of if name == "cpu_service" else of | tracing for name, of in settings.items()}
+
+
+def generate_traced(address: str) -> int:
+    """One request within a span of its client, on the host tier and to and fro; its tokens."""
+    parent = SpanContext(int(TRACE, 16), int(PARENT, 16), False, TraceFlags(TraceFlags.SAMPLED))
+    with use_span(NonRecordingSpan(parent)), Client(address) as client:
+        client.generate(
+            list(range(3, 90)), sampling=Sampling(max_tokens=40, temperature=0, ignore_eos=True),
+            scheduling=Scheduling(placement="cpu-preferred"), token_ids_only=True,
+        )  # fmt: skip
+    return 40
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
-    """All three services after requests on both tiers, migrations, and one refusal."""
+    """All three services after requests on both tiers, migrations, one refusal, and one request
+    with a trace."""
     directory = tmp_path_factory.mktemp("observed")
     ports = {name: free_port() for name in ("cpu_service", "gpu_service", "router")}
     more = {name: {"metrics_port": port} for name, port in ports.items()}
     model = stack_model(directory)
     settings = {"gpu_kv_blocks": 40, "force_migration_every": 7, "max_batch_tokens": 64}
     with (
-        running_stack(directory, model, more=more, **settings) as stack,
+        collector() as spans,
+        running_stack(directory, model, more=traced(more, spans), **settings) as stack,
         prometheus(directory, ports, RULES) as scraper,
     ):
         scraper.wait_for("sum(up) == 3 and sum(vllm:num_requests_running) == 0")
@@ -47,10 +73,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
         no_token = Job((10_000_000,), 1)
         (refused,) = asyncio.run(run_jobs(stack.router.address, [no_token]))
         assert refused.error is not None
-        tokens = sum(job.output_tokens for job in jobs)
+        tokens = sum(job.output_tokens for job in jobs) + generate_traced(stack.router.address)
         scraper.wait_for(f"sum(vllm:generation_tokens_total) == {tokens}")
         scraper.wait_for('neo_request_errors_total{reason="INVALID_ARGUMENT"} == 1')
-        yield Loaded(stack, scraper)
+        yield Loaded(stack, scraper, spans)
 
 
 def filled_in(expression: str) -> str:
@@ -103,3 +129,44 @@ def test_prometheus_has_evaluated_the_rules(loaded: Loaded) -> None:
     assert rules.keys() == {alert.name for alert in ALERTS}
     assert all(not rule.get("lastError") for rule in rules.values())
     assert all(rule["state"] == "inactive" for rule in rules.values()), rules
+
+
+def test_a_trace_leads_from_the_client_to_the_sweeps(loaded: Loaded) -> None:
+    def complete(spans: list[Seen]) -> bool:
+        return {"route Generate", "generate", "sweep"} <= {span.name for span in spans}
+
+    spans = loaded.spans.wait_for(complete)
+    assert {span.trace_id for span in spans} == {TRACE}
+    (route,) = [span for span in spans if span.name == "route Generate"]
+    (generate,) = [span for span in spans if span.name == "generate"]
+    assert (route.service, route.parent_id) == ("neo-router", PARENT)
+    assert route.events == [("attempt", {"backend": loaded.stack.gpu.address})]
+    assert (generate.service, generate.parent_id) == ("neo-gpu-service", route.span_id)
+    parts = [span for span in spans if span.parent_id == generate.span_id]
+    assert len(parts) == len(spans) - 2
+    for part in parts:
+        assert generate.start_ns - 50e6 <= part.start_ns <= part.end_ns <= generate.end_ns + 50e6
+    by_name: dict[str, list[Seen]] = {}
+    for part in parts:
+        by_name.setdefault(part.name, []).append(part)
+    assert by_name.keys() == {"queue", "prefill", "decode", "sweep", "move"}
+    assert sum(part.attributes["neo.tokens"] for part in by_name["prefill"]) >= 87
+    decoded: dict[str, int] = {}
+    for part in by_name["decode"]:
+        by = part.attributes["neo.by"]
+        decoded[by] = decoded.get(by, 0) + part.attributes["neo.tokens"]
+    # The first token comes from the prefill.
+    assert sum(decoded.values()) == generate.attributes["gen_ai.usage.output_tokens"] - 1 == 39
+    assert decoded["host"] > 0
+    assert len(by_name["sweep"]) == 6  # 1, 2, 4, 8, 16, 32
+    assert all(part.attributes["neo.host_wait_seconds"] >= 0 for part in by_name["sweep"])
+
+
+def test_latencies_name_their_traces(loaded: Loaded) -> None:
+    for histogram in ("vllm:e2e_request_latency_seconds", "neo_router_first_message_seconds"):
+        answer = loaded.prometheus.get(
+            "query_exemplars", query=f"{histogram}_bucket",
+            start=str(time.time() - 600), end=str(time.time() + 60),
+        )  # fmt: skip
+        traces = {e["labels"]["trace_id"] for series in answer for e in series["exemplars"]}
+        assert traces == {TRACE}, histogram

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.counters import WorkCounters
-from gpu_service.engine.messages import Load, Ready, SamplingSpec, Submit, TierLoad
+from gpu_service.engine.messages import Load, Mark, Ready, SamplingSpec, Submit, TierLoad
 from gpu_service.frontend.dispatch import Update
 from gpu_service.frontend.metrics import FrontendMetrics, token_bounds
 from gpu_service.frontend.observed import count_errors, observe
@@ -30,6 +31,7 @@ from gpu_service.scheduling.plan import (
     Tier,
 )
 from neo_common.errors import Reason, ServiceError
+from neo_common.tracing import Attribute, Span
 from protos.neo.v1 import inference_pb2 as inference
 from protos.neo.v1 import types_pb2 as types
 
@@ -177,6 +179,25 @@ def test_reports_are_rare_and_the_last_one_is_not_lost() -> None:
     assert work.report(2.0, 0, idle=True) is None
 
 
+class Traced(Span):
+    """Keeps what it is told."""
+
+    recording = True
+    trace_id = "ab"
+
+    def __init__(self) -> None:
+        self.children: list[Any] = []
+        self.attributes: dict[str, Any] = {}
+
+    def child(
+        self, name: str, start: float, end: float, attributes: Mapping[str, Attribute]
+    ) -> None:
+        self.children.append((name, start, end, attributes))
+
+    def set(self, **attributes: Attribute) -> None:
+        self.attributes |= attributes
+
+
 def submit(n: int = 1) -> Submit:
     sampling = SamplingSpec(max_tokens=9, n=n)
     return Submit(request_id="a", prompt_token_ids=[1, 2, 3], sampling=sampling, arrival=0.0)
@@ -188,7 +209,8 @@ def update(*choices: inference.Choice, usage: types.Usage | None = None) -> Upda
 
 def test_a_request_from_arrival_to_usage() -> None:
     metrics, clock = FrontendMetrics("tiny", 100), iter([1.0, 1.5, 2.5])
-    with observe(metrics, submit(), {"trace_id": "ab"}) as observed:
+    span = Traced()
+    with observe(metrics, submit(), span) as observed:
         observed._clock = lambda: next(clock)
         observed.take_in(update(inference.Choice(token_ids=[1])))
         observed.take_in(update(inference.Choice(token_ids=[2, 3])))
@@ -196,7 +218,13 @@ def test_a_request_from_arrival_to_usage() -> None:
         usage = types.Usage(
             prompt_tokens=3, completion_tokens=4, queue_seconds=0.5, ttft_seconds=0.75
         )
-        observed.take_in(update(last, usage=usage))
+        marks = [Mark("decode", 0.75, 2.5, {"by": "host", "tokens": 4})]
+        observed.take_in(Update([last], usage=usage, marks=marks))
+    assert span.children == [
+        ("queue", 0.0, 0.5, {}),
+        ("decode", 0.75, 2.5, {"neo.by": "host", "neo.tokens": 4}),
+    ]
+    assert span.attributes["gen_ai__usage__output_tokens"] == 4
     found = samples(metrics)
     expected = {
         "vllm:time_to_first_token_seconds_sum": 1.0,

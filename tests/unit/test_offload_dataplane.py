@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -38,6 +39,26 @@ def test_the_worker_counts_what_it_waits_for_within_a_sweep_alone() -> None:
         assert 1 <= stats.waits <= SHAPE.layers
         assert SHAPE.layers * pause * 0.9 <= stats.wait_seconds <= time.monotonic() - start
         assert stats.parks >= 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_layers_that_wait_together_give_what_each_gives_alone(threads: int) -> None:
+    """More of them than are attended at once, with windows of their own."""
+    shape = replace(SHAPE, layers=11)
+    windows = tuple(7 * (layer % 3) for layer in range(shape.layers))
+    with rig(shape=shape, windows=windows, threads=threads) as it:
+        it.restart(start=False)
+        lane = it.rows([40, 3, 64])
+        assert it.channel.begin_sweep([lane], SECOND_US) is WaitStatus.OK
+        inputs = [it.inputs(3) for _ in range(shape.layers)]
+        for layer, arrays in enumerate(inputs):
+            it.channel.submit(0, layer, *arrays)
+        it.worker.start()
+        for layer, arrays in enumerate(inputs):
+            out = np.full_like(arrays[0], np.nan)
+            assert it.channel.wait(0, layer, out, SECOND_US) is WaitStatus.OK
+            np.testing.assert_array_equal(out, it.expected(layer, lane, arrays))
+        assert sum(it.worker.stats().layers) == shape.layers
 
 
 def test_backlog_is_what_has_been_rung_for_and_is_not_done() -> None:

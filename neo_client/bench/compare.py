@@ -18,6 +18,8 @@ CONFIDENCE_PERCENT = 95.0
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 MIN_ABOVE = 5
 """A percentile with fewer samples beyond it says little; it gets no interval."""
+LEAST_PERCENT = 1.0
+"""A change that may be smaller is unclear: two runs of one thing differ by that."""
 PLAIN = (
     "requests_per_second", "output_tokens_per_second", "total_tokens_per_second", "goodput_share",
     "goodput_per_second", "failed_share", "host_token_share", "cached_prompt_share",
@@ -50,7 +52,7 @@ class Change:
         if self.interval is None or self.lower_is_better is None:
             return ""
         low, high = self.interval
-        if low <= 0 <= high:
+        if low <= LEAST_PERCENT and high >= -LEAST_PERCENT:
             return "unclear"
         return "better" if (high < 0) == self.lower_is_better else "worse"
 

@@ -16,9 +16,7 @@ class PromptMaker:
     are to mean something come from a file."""
 
     def __init__(self, vocab_size: int, avoid: Sequence[int], prefix_tokens: int, seed: int):
-        """`avoid`: the ends of sequences."""
-        if vocab_size < 2:
-            raise ValueError("the server does not say how large its vocabulary is")
+        """`avoid`: the ends of sequences. Nothing is drawn from a vocabulary of nothing."""
         first = _SPECIAL if vocab_size > 2 * _SPECIAL else 1
         allowed = np.setdiff1d(np.arange(first, vocab_size), np.asarray(avoid, dtype=np.int64))
         self._allowed = allowed
@@ -33,5 +31,6 @@ class PromptMaker:
 
     def _draw(self, tokens: int, *which: int) -> list[int]:
         draw = np.random.default_rng([self._seed, *which])
+        assert len(self._allowed)
         ids: list[int] = self._allowed[draw.integers(len(self._allowed), size=tokens)].tolist()
         return ids

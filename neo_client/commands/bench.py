@@ -97,6 +97,10 @@ class Bench:
         settings = {**connection_settings(given), "retries": Retries(generations=1)}
         async with AsyncClient(**settings) as client:
             model = await model_of(client, given.model)
+            if self._wishes.prompts is None and model.vocab_size < 2:
+                raise ValueError(
+                    "the server does not say how large its vocabulary is; send --prompts"
+                )
             sessions, changed = self._fit(model.max_context_tokens)
             prompts = PromptMaker(
                 model.vocab_size, model.eos_token_ids, self._wishes.prefix_tokens, given.seed

@@ -45,9 +45,12 @@ def _cdf(
     ]
     every = np.concatenate([v for v in values if len(v)] or [np.zeros(0)])
     marks = [] if target is None else [Mark(target, f"target {target:g} ms")]
-    return draw(
-        Plot(title, "ms", f"% of {of}", series, log_x=_spreads(every), y_top=100, marks=marks)
-    )
+    narrow = bool(len(every)) and float(every.min()) > every.max() / 2
+    plot = Plot(
+        title, "ms", f"% of {of}", series, log_x=_spreads(every), from_zero=not narrow,
+        y_top=100, marks=marks,
+    )  # fmt: skip
+    return draw(plot)
 
 
 def _spreads(values: Any) -> bool:

@@ -10,6 +10,7 @@ from html import escape
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 40
 LABEL_WIDTH = 34
+FAR = 2.0
 COLOURS = 6
 """`--c0` to `--c5` of the page."""
 
@@ -41,9 +42,12 @@ class Plot:
     y_label: str
     series: Sequence[Series]
     log_x: bool = False
+    from_zero: bool = True
+    """Else the x axis begins where values do; on a logarithmic one it always does."""
     y_top: float | None = None
     """None: the largest value."""
     marks: Sequence[Mark] = field(default_factory=tuple)
+    """Those far beyond all values are left out."""
 
 
 class Axis:
@@ -60,7 +64,8 @@ class Axis:
             self._low, self._high = math.log(low), math.log(high)
         else:
             self.ticks = _ticks(low, high)
-            self._low, self._high = low, max(high, self.ticks[-1])
+            self._low = min(low, self.ticks[0])
+            self._high = max(high, self.ticks[-1])
 
     def at(self, value: float) -> float:
         if self.log:
@@ -75,7 +80,7 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.floor(low / step)
     count = math.ceil((high - first * step) / step - 1e-9)
-    return [(first + i) * step for i in range(count + 1) if (first + i) * step >= low - 1e-12]
+    return [(first + i) * step for i in range(count + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -100,13 +105,14 @@ def draw(plot: Plot) -> str:
         caption = f"<figcaption>{escape(plot.title)}</figcaption>"
         return f'<figure>{caption}<p class="none">No data.</p></figure>'
     xs = [x for x, _ in points if x > 0 or not plot.log_x] or [1.0]
+    marks = [mark for mark in plot.marks if 0 < mark.x <= FAR * max(xs)]
+    xs += [mark.x for mark in marks]
+    low = min(0.0, *xs) if plot.from_zero and not plot.log_x else min(xs)
     top = plot.y_top or max(y for _, y in points) or 1.0
-    x_axis = Axis(
-        min(xs) if plot.log_x else min(0.0, *xs), max(xs), LEFT, WIDTH - RIGHT, plot.log_x
-    )
+    x_axis = Axis(low, max(xs), LEFT, WIDTH - RIGHT, plot.log_x)
     y_axis = Axis(0.0, top, HEIGHT - BOTTOM, TOP, False)
     parts = [_grid(x_axis, y_axis, plot)]
-    parts += [_mark(mark, x_axis) for mark in plot.marks]
+    parts += [_mark(mark, x_axis) for mark in marks]
     parts += [_STYLES[series.style](series, x_axis, y_axis) for series in plot.series]
     legend = "".join(
         f'<span><i style="background:var(--c{s.colour % COLOURS})"></i>{escape(s.label)}</span>'

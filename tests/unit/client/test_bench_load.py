@@ -125,8 +125,7 @@ def test_made_up_prompts_depend_on_seed_and_place_alone() -> None:
 
 def test_small_vocabularies_are_used_almost_whole() -> None:
     assert set(PromptMaker(8, [2], 0, 0).turn(0, 0, 500)) == {1, 3, 4, 5, 6, 7}
-    with pytest.raises(ValueError, match="vocabulary"):
-        PromptMaker(0, [], 0, 0)
+    PromptMaker(0, [], 0, 0)  # of no use, and no error: prompts may come from a file
 
 
 # -- requests that do not fit ----------------------------------------------------------------

@@ -143,7 +143,7 @@ def decisions(core: EngineCore, seconds: float) -> dict[str, Any]:
     if steering.predictor is not None:
         rates = msgspec.to_builtins(steering.predictor.rates)
         found["rates_ms"] = {name: float(f"{value:.4g}") for name, value in rates.items()}
-        found["thread_ms_beside_sweeps"] = round(steering.predictor.beside_ms, 3)
+        found["thread_ms_beside_sweeps"] = round(steering.predictor.beside_ms(True), 3)
     if decision is not None:
         found["last_decision"] = decision.why
     return found

@@ -171,4 +171,4 @@ def _time(candidate: Decision, demand: Demand, predictor: Predictor, rows: float
     time = sum(
         share * predictor.phases(replace(work, chunk_rows=chunk)).total for share, chunk in chunks
     )
-    return time + predictor.beside_ms if candidate.offloads else time
+    return time + predictor.beside_ms(candidate.offloads)

@@ -52,9 +52,7 @@ class Predictor:
         self.rates = rates
         self.error = 0.0
         """Moving average of |predicted - actual| / the larger, of sweeps with host rows."""
-        self.beside_ms = 0.0
-        """Moving average of what iterations take beside their sweep, where host rows are under
-        way: what the engine's own thread costs, as far as no sweep hides it."""
+        self._beside_ms: dict[bool, float] = {}
         self._reports = 0
         self._unused = (0.0, 0.0, 0)
 
@@ -66,7 +64,9 @@ class Predictor:
         link = work.link_tokens * rates.link_token_ms
         attention = work.context * self.costs.context_ms
         streamed = rates.streamed_ms if work.streamed else 0.0
-        rows = work.decode + work.host_rows - work.second_rows
+        # Deferred rows are padded by themselves: the exchange's cost has theirs.
+        beside = 0.0 if work.way == DEFERRED else work.host_rows - work.second_rows
+        rows = work.decode + beside
         dense = self.dense_ms(rows, work.chunk_rows)
         cpu = self.cpu_ms(work.host_tokens)
         if work.way == DEFERRED:
@@ -138,6 +138,8 @@ class Predictor:
             return
         if predicted.cpu >= predicted.total and error > 0:
             return
+        if work.way == DEFERRED and work.chunk_rows:
+            return  # the device's own part varies more with prompts than the exchange does
         # Never the costs of sweeps with chunks: a size that once seemed dear is not chosen, and so
         # not corrected again. On a card chunks of 24 rows were all that was left after 30 sweeps.
         if work.way == DEFERRED:
@@ -171,7 +173,15 @@ class Predictor:
         value += weight * (own / tokens - value)
         self.rates = msgspec.structs.replace(self.rates, cpu_token_ms=value)
 
-    def observe_iteration(self, seconds: float, device_seconds: float) -> None:
-        """One with host rows took so long, of which the device so much."""
+    def beside_ms(self, offloads: bool) -> float:
+        """Moving average of what iterations take beside their sweep: what the engine's own thread
+        costs, as far as no sweep hides it. Of those with host rows, or of the device alone; as long
+        as one of the two has not been seen, the other's."""
+        known = self._beside_ms
+        return known.get(offloads, known.get(not offloads, 0.0))
+
+    def observe_iteration(self, offloads: bool, seconds: float, device_seconds: float) -> None:
+        """One with or without host rows took so long, of which the device so much."""
         beside = max(0.0, 1e3 * (seconds - device_seconds))
-        self.beside_ms += _NEWEST * (min(beside, 10 * self.beside_ms + 10) - self.beside_ms)
+        known = self._beside_ms.setdefault(offloads, beside)
+        self._beside_ms[offloads] += _NEWEST * (min(beside, 10 * known + 10) - known)

@@ -128,8 +128,8 @@ class Steering:
         assert self.predictor is not None
         self.accounts.add(work, predicted, 1e3 * measured)
         self.predictor.observe(work, predicted, 1e3 * measured)
-        if not work.is_plain and result.device_seconds:
-            self.predictor.observe_iteration(seconds, result.device_seconds)
+        if result.device_seconds:
+            self.predictor.observe_iteration(not work.is_plain, seconds, result.device_seconds)
 
     def observe_host(self, work: HostWork) -> None:
         """What the host has told last, maybe nothing new."""

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -87,8 +87,11 @@ def simulate(
     limits: SchedulerLimits,
     lengths: Sequence[Lengths],
     arrivals: Sequence[float],
+    see: Callable[[EngineCore], None] | None = None,
+    placements: Sequence[str] = (),
 ) -> Trace:
-    """Serve requests of these lengths, which come at `arrivals` (seconds, ascending).
+    """Serve requests of these lengths, which come at `arrivals` (seconds, ascending). `see`: is
+    shown the engine before it starts. `placements`: of each of them; empty: "auto".
 
     ValueError if one of them can never be served."""
     host = HealthyHostTier(limits.host_blocks)
@@ -96,12 +99,15 @@ def simulate(
     scheduler = Scheduler(limits, machine.start_costs(), machine.start_rates())
     core = EngineCore(scheduler, runner, host, vocab_size=1, clock=runner.clock)
     lives = [Life(arrival) for arrival in arrivals]
+    if see is not None:
+        see(core)
     submitted = host_tokens = 0
     while submitted < len(lives) or scheduler.live_requests:
         if not scheduler.live_requests:
             runner.now = max(runner.now, arrivals[submitted])
         while submitted < len(lives) and arrivals[submitted] <= runner.now:
-            core.handle(_submit(submitted, lengths[submitted], arrivals[submitted]))
+            placement = placements[submitted] if placements else "auto"
+            core.handle(_submit(submitted, lengths[submitted], arrivals[submitted], placement))
             submitted += 1
         output = core.step()
         assert core.made_progress or not scheduler.live_requests, "nothing can run"
@@ -117,12 +123,13 @@ def simulate(
     )
 
 
-def _submit(number: int, lengths: Lengths, arrival: float) -> Submit:
+def _submit(number: int, lengths: Lengths, arrival: float, placement: str) -> Submit:
     return Submit(
         request_id=str(number),
         prompt_token_ids=[0] * lengths.prompt,
         sampling=SamplingSpec(temperature=0, max_tokens=lengths.output, ignore_eos=True),
         arrival=arrival,
+        placement=placement,
     )
 
 

@@ -141,6 +141,12 @@ ALERTS = (
         "Engine {{ $labels.instance }} repeats rows: its cpu_service answers too late.",
     ),
     Alert(
+        "NeoPredictionOff", "max by (job, instance, model_name) (neo_prediction_error_ratio)",
+        "> 0.5", 15, "ticket",
+        "Engine {{ $labels.instance }} mispredicts its sweeps by "
+        "{{ $value | humanizePercentage }}.",
+    ),
+    Alert(
         "NeoHostBound",
         "sum by (job, instance, model_name) (rate(neo_host_wait_seconds_total[10m])) / "
         "sum by (job, instance, model_name) (rate(neo_mode_seconds_total[10m]))",

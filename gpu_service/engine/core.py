@@ -206,7 +206,8 @@ class EngineCore:
         news, load = self.scheduler.take_news(), self._load()
         idle = self._flight is None and not self.made_progress
         recomputed = self.scheduler.state.recomputed_tokens
-        counters = self._work.report(self._clock(), recomputed, idle=idle)
+        steering = self.scheduler.steering
+        counters = self._work.report(self._clock(), recomputed, steering, idle=idle)
         if not news and load == self._last_load and counters is None:
             return None
         self._last_load = load

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from gpu_service.engine.messages import ITERATION_TOKEN_BOUNDS, EngineCounters
+from gpu_service.engine.messages import ITERATION_TOKEN_BOUNDS, EngineCounters, Foresight
 from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult, Tier
+from gpu_service.scheduling.steering import Steering
 
 SEND_SECONDS = 0.1
 """Between two reports, at least: Prometheus asks every few seconds, a person looks once a
@@ -24,6 +25,26 @@ def mode_name(plan: IterationPlan) -> str:
         if batch.host_decode or batch.streamed or any(r.tier is Tier.HOST for r in batch.prefill):
             return str(plan.mode.value)
     return GPU_ONLY
+
+
+def foresight(steering: Steering) -> Foresight | None:
+    if steering.predictor is None:
+        return None
+    accounts, decision = steering.accounts, steering.decision
+    predicted = accounts.predicted
+    return Foresight(
+        predicted_seconds={
+            "sweep": 1e-3 * predicted.total,
+            "gpu": 1e-3 * predicted.gpu,
+            "cpu": 1e-3 * predicted.cpu,
+            "link": 1e-3 * predicted.link,
+        },
+        actual_seconds=1e-3 * accounts.actual_ms,
+        error=accounts.error,
+        mode="" if decision is None else decision.way,
+        tokens_per_second=0.0 if decision is None else 1e3 * decision.rate,
+        gpu_only_tokens_per_second=0.0 if decision is None else 1e3 * decision.gpu_only_rate,
+    )
 
 
 class WorkCounters:
@@ -75,7 +96,9 @@ class WorkCounters:
         # A device that does not time its sweeps is busy for as long as nobody waits for the host.
         self._device_busy += result.device_seconds or seconds - result.host_wait_seconds
 
-    def report(self, now: float, recomputed_tokens: int, *, idle: bool) -> EngineCounters | None:
+    def report(
+        self, now: float, recomputed_tokens: int, steering: Steering, *, idle: bool
+    ) -> EngineCounters | None:
         """What there is to tell: None if that is nothing new, or too soon. `idle`: no iteration
         will come to tell it later."""
         if not idle and now - self._sent_at < SEND_SECONDS:
@@ -94,6 +117,7 @@ class WorkCounters:
             device_busy_seconds=self._device_busy,
             iteration_sizes=list(self._sizes),
             iteration_tokens=self._size_sum,
+            foresight=foresight(steering),
         )
         if counters == self._sent:
             return None

@@ -171,6 +171,23 @@ ITERATION_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 819
 """Upper bounds of the buckets of `EngineCounters.iteration_sizes`, which has one more."""
 
 
+class Foresight(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler predicted, what came of it, and what it has decided for now."""
+
+    predicted_seconds: dict[str, float]
+    """Sums since the start: `sweep`, and its parts `gpu`, `cpu`, `link`, which overlap."""
+    actual_seconds: float
+    """Of the same sweeps."""
+    error: float
+    """Moving average of |predicted - actual| / the larger, 0 to 1."""
+    mode: str
+    """That host rows are to run in; "" where a setting says so."""
+    tokens_per_second: float
+    """What `mode` promises."""
+    gpu_only_tokens_per_second: float
+    """What the device alone would."""
+
+
 class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine core has done since it started; only ever grows. Modes are `gpu_only` (the
     host tier has no part) and those of gpu_service.scheduling.plan."""
@@ -202,6 +219,8 @@ class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
     """Iterations by their rows in the dense layers."""
     iteration_tokens: int
     """Sum of these rows."""
+    foresight: Foresight | None = None
+    """None where nothing is predicted."""
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -17,12 +17,14 @@ from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.messages import (
     ITERATION_TOKEN_BOUNDS,
     EngineCounters,
+    Foresight,
     Load,
     Ready,
     TierLoad,
 )
 from neo_common.metrics import cumulative
 
+MODES = ("gpu_only", "inline", "asymmetric", "deferred")
 HOST_STATES = ("off", "up", "degraded", "lost")
 
 
@@ -147,6 +149,8 @@ class EngineCollector(Collector):
         }
         for name, (text, value) in plain.items():
             yield self._labelled(CounterMetricFamily, name, text, "", {"": value})
+        if it.foresight is not None:
+            yield from self._of_foresight(it.foresight)
         sizes = HistogramMetricFamily(
             "vllm:iteration_tokens_total",
             "Tokens of an iteration.",
@@ -155,6 +159,29 @@ class EngineCollector(Collector):
         buckets = cumulative(ITERATION_TOKEN_BOUNDS, it.iteration_sizes)
         sizes.add_metric([self._model, "0"], buckets, sum_value=it.iteration_tokens)
         yield sizes
+
+    def _of_foresight(self, it: Foresight) -> Iterator[Metric]:
+        yield self._labelled(
+            CounterMetricFamily, "neo_predicted_seconds", "Predicted time of sweeps.",
+            "part", it.predicted_seconds,
+        )  # fmt: skip
+        yield self._labelled(
+            CounterMetricFamily, "neo_actual_seconds", "Time that the same sweeps took.", "",
+            {"": it.actual_seconds},
+        )  # fmt: skip
+        yield self._labelled(
+            GaugeMetricFamily, "neo_prediction_error_ratio", "Moving average, 0 to 1.", "",
+            {"": it.error},
+        )  # fmt: skip
+        if it.mode:
+            yield self._labelled(
+                GaugeMetricFamily, "neo_decision", "1 for the mode that is decided on.", "mode",
+                {mode: mode == it.mode for mode in MODES},
+            )  # fmt: skip
+            yield self._labelled(
+                GaugeMetricFamily, "neo_decision_tokens_per_second", "What is predicted.", "of",
+                {"decision": it.tokens_per_second, "gpu_only": it.gpu_only_tokens_per_second},
+            )  # fmt: skip
 
     def _used_bytes(self, tiers: Mapping[str, TierLoad]) -> dict[str, float]:
         assert self._ready is not None, "it says so first"

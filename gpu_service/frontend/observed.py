@@ -102,6 +102,7 @@ class Observed:
             neo__promotions=usage.promotions,
             neo__recomputations=usage.recomputations,
             neo__ttft_seconds=usage.ttft_seconds,
+            neo__cached_prompt_tokens=usage.cached_prompt_tokens,
         )
 
     def end_early(self, reason: str) -> None:

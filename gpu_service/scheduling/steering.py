@@ -72,6 +72,11 @@ class Steering:
         if state.limits.auto:
             state.decision = Decision()
 
+    @property
+    def decision(self) -> Decision | None:
+        """None where a setting says how host rows run."""
+        return self._state.decision
+
     def revise(self, iteration: int) -> None:
         """Before each iteration: decide anew if it is time."""
         state = self._state

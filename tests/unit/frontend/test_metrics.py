@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from gpu_service.engine.messages import Load, Mark, Ready, SamplingSpec, Submit,
 from gpu_service.frontend.dispatch import Update
 from gpu_service.frontend.metrics import FrontendMetrics, token_bounds
 from gpu_service.frontend.observed import count_errors, observe
+from gpu_service.scheduling.decision import Decision
 from gpu_service.scheduling.plan import (
     DecodeRow,
     IterationPlan,
@@ -30,6 +32,8 @@ from gpu_service.scheduling.plan import (
     SweepResult,
     Tier,
 )
+from gpu_service.scheduling.predictor import Phases
+from gpu_service.scheduling.steering import Accounts
 from neo_common.errors import Reason, ServiceError
 from neo_common.tracing import Attribute, Span
 from protos.neo.v1 import inference_pb2 as inference
@@ -57,6 +61,15 @@ READY = Ready(
     device_name="", dtype="bfloat16", offload_transport="shm",
     gpu_block_bytes=1024, host_block_bytes=512,
 )  # fmt: skip
+
+
+BLIND: Any = SimpleNamespace(predictor=None)
+FORESEEING: Any = SimpleNamespace(
+    predictor=object(),
+    accounts=Accounts(predicted=Phases(1e3, 2e3, 3e3, 4e3), actual_ms=5e3, error=0.25),
+    decision=Decision(way="deferred", rate=3.0, gpu_only_rate=2.0),
+)
+"""A `Steering` without and with a predictor."""
 
 
 def plan(mode: Mode, *batches: SubBatch, migrations: tuple[Migration, ...] = ()) -> IterationPlan:
@@ -87,7 +100,7 @@ def full_metrics() -> FrontendMetrics:
     work.count(plan(Mode.INLINE, second, migrations=(moved, lost, found)), result, 1.0)
     timed = SweepResult(device_seconds=0.25, waited_seconds=0.0625)
     work.count(plan(Mode.DEFERRED, SubBatch(prefill=(chunk(7, Tier.HOST, 3),))), timed, 2.0)
-    metrics.engine.counters = work.report(1.0, 30, idle=True)
+    metrics.engine.counters = work.report(1.0, 30, FORESEEING, idle=True)
     return metrics
 
 
@@ -161,6 +174,14 @@ def test_the_engines_words_are_what_is_served() -> None:
         "neo_device_wait_seconds_total": 0.0625,
         "neo_device_busy_seconds_total": 0.5 + 0.875 + 0.25,
         "neo_host_tier_state/up": 1,
+        "neo_predicted_seconds_total/sweep": 4.0,
+        "neo_predicted_seconds_total/cpu": 2.0,
+        "neo_actual_seconds_total": 5.0,
+        "neo_prediction_error_ratio": 0.25,
+        "neo_decision/deferred": 1,
+        "neo_decision/inline": 0,
+        "neo_decision_tokens_per_second/decision": 3000,
+        "neo_decision_tokens_per_second/gpu_only": 2000,
         "neo_host_tier_state/degraded": 0,
     }
     assert {name: found.get(name) for name in expected} == expected
@@ -170,13 +191,14 @@ def test_reports_are_rare_and_the_last_one_is_not_lost() -> None:
     work = WorkCounters()
     batch = plan(Mode.INLINE, SubBatch(gpu_decode=(row(1),)))
     work.count(batch, SweepResult(), 0.1)
-    assert work.report(1.0, 0, idle=False) is not None
+    assert work.report(1.0, 0, BLIND, idle=False) is not None
     work.count(batch, SweepResult(), 0.1)
-    assert work.report(1.05, 0, idle=False) is None
-    last = work.report(1.06, 0, idle=True)
+    assert work.report(1.05, 0, BLIND, idle=False) is None
+    last = work.report(1.06, 0, BLIND, idle=True)
     assert last is not None
     assert last.iterations["gpu_only"] == 2
-    assert work.report(2.0, 0, idle=True) is None
+    assert last.foresight is None
+    assert work.report(2.0, 0, BLIND, idle=True) is None
 
 
 class Traced(Span):

@@ -100,6 +100,12 @@ _STATUS = {
 }
 
 
+SERVICE_FAULTS = frozenset({Reason.INTERNAL_ERROR, Reason.ENGINE_LOST})
+"""The service is at fault, whatever it was asked."""
+NO_CALLS_NOW = frozenset({Reason.DRAINING, Reason.NOT_READY})
+"""The service takes none for the moment."""
+
+
 class ServiceError(Exception):
     """A call's failure, as its client is to see it.
 
@@ -174,6 +180,16 @@ class ErrorDetails:
             self.fields += [violation.field for violation in bad.field_violations]
         elif detail.Unpack(retry):
             self.retry_after = retry.retry_delay.ToNanoseconds() / 1e9
+
+
+def reason_of(details: bytes) -> str:
+    """The reason in a serialised google.rpc.Status; "" where there is none."""
+    status, info = status_pb2.Status(), error_details_pb2.ErrorInfo()
+    try:
+        status.ParseFromString(details)
+    except Exception:  # a peer's garbage
+        return ""
+    return next((info.reason for detail in status.details if detail.Unpack(info)), "")
 
 
 def _status_of(error: Any) -> status_pb2.Status | None:

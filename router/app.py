@@ -20,6 +20,7 @@ from protos.neo.v1 import router_pb2, router_pb2_grpc
 from router import compat
 from router.admission.gate import Admission
 from router.admission.metrics import AdmissionMetrics
+from router.attempts import RetryLimits
 from router.backend import Backend
 from router.chooser import Chooser
 from router.config import RouterConfig
@@ -59,10 +60,13 @@ def chooser(config: RouterConfig) -> Chooser:
 
 def relay_limits(config: RouterConfig) -> RelayLimits:
     return RelayLimits(
-        max_attempts=config.max_attempts,
-        retry_ratio=config.retry_ratio,
-        retry_base_seconds=config.retry_base_ms / 1e3,
-        retry_max_seconds=config.retry_max_ms / 1e3,
+        retry=RetryLimits(
+            max_attempts=config.max_attempts,
+            ratio=config.retry_ratio,
+            base_seconds=config.retry_base_ms / 1e3,
+            max_seconds=config.retry_max_ms / 1e3,
+            hedge_seconds=config.hedge_after_ms / 1e3,
+        ),
         abort_seconds=config.abort_seconds,
         retry_after_seconds=config.retry_after_seconds,
     )
@@ -78,7 +82,9 @@ class Router:
         self._metrics = RouterMetrics(self.collector, tracer=self._tracer)
         self.discovery = discovery(config)
         self.registry = Registry(
-            lambda address: Backend(address, self._channel(address), config.stale_seconds),
+            lambda address: Backend(
+                address, self._channel(address), config.stale_seconds, config.health_limits()
+            ),
             self.discovery.addresses,
             WatchTiming(
                 interval_ms=config.load_interval_ms,
@@ -87,6 +93,7 @@ class Router:
                 max_backoff_seconds=config.max_reconnect_seconds,
             ),
             chooser(config),
+            config.health_limits(),
         )
         self.admission = Admission(
             config.tenants, self.registry.room, AdmissionMetrics(self.collector)

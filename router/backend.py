@@ -10,10 +10,8 @@ import grpc.aio
 
 from protos.neo.v1 import engine_pb2 as engine
 from router.calls import OpenCall, OpenCalls
+from router.health import CallHealth, Circuit, HealthLimits
 from router.views import BackendState, BackendView, LoadView, TierView
-
-SUSPECT_BASE_SECONDS = 0.25
-SUSPECT_MAX_SECONDS = 10.0
 
 
 def load_view(load: engine.LoadSnapshot) -> LoadView:
@@ -44,9 +42,17 @@ class Backend:
     the backend SUSPECT.
     """
 
-    def __init__(self, address: str, channel: grpc.aio.Channel, stale_seconds: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        channel: grpc.aio.Channel,
+        stale_seconds: float,
+        limits: HealthLimits = HealthLimits(),  # noqa: B008 -- frozen
+    ) -> None:
         self.address = address
         self.channel = channel
+        self._limits = limits
+        self.health = CallHealth(limits)
         self.calls = OpenCalls()
         self.failures_total = 0
         self.removed = False
@@ -59,8 +65,7 @@ class Backend:
         self._stale_seconds = stale_seconds
         self._failed_watches = 2  # DOWN until the first snapshot
         self._watch_problem = "not reached yet"
-        self._failed_calls = 0
-        self._suspect_until = 0.0
+        self._declined_at = float("-inf")
         self._on_idle: Callable[[], None] = lambda: None
 
     @property
@@ -75,6 +80,9 @@ class Backend:
     # What the load stream says -----------------------------------------------------------------
 
     def snapshot(self, load: engine.LoadSnapshot, now: float) -> None:
+        if self.load is not None and load.instance_id != self.load.instance_id:
+            # Another process: what the calls of the one before met says nothing of it.
+            self.health = CallHealth(self._limits)
         self.load = load
         self.load_at = now
         self.calls.reported(now)
@@ -93,10 +101,14 @@ class Backend:
     @contextmanager
     def call(self, now: float, prompt_tokens: int = 0) -> Iterator[OpenCall]:
         """Counts one call as open. prompt_tokens: see CallKeys."""
+        health = self.health
+        probes = health.sent(now)
         try:
             with self.calls.call(now, prompt_tokens) as call:
                 yield call
         finally:
+            if probes:
+                health.withdrawn()
             if not self.calls:
                 self._on_idle()
 
@@ -105,17 +117,22 @@ class Backend:
         self._on_idle = callback
 
     def call_failed(self, now: float) -> None:
-        """The backend could not be reached, or went away under a call. Each further failure in a
-        row doubles the time for which others are preferred."""
+        """The backend could not be reached, or went away under a call."""
         self.failures_total += 1
-        backoff = SUSPECT_BASE_SECONDS * 2.0 ** min(self._failed_calls, 10)
-        self._failed_calls += 1
-        self._suspect_until = now + min(backoff, SUSPECT_MAX_SECONDS)
+        self.health.unreachable(now)
 
-    def call_answered(self) -> None:
-        """The backend answered, be it with an error of its own."""
-        self._failed_calls = 0
-        self._suspect_until = 0.0
+    def call_went_wrong(self, now: float) -> None:
+        """It answered with an error that is its own fault."""
+        self.failures_total += 1
+        self.health.failed(now)
+
+    def call_declined(self, now: float) -> None:
+        """It takes no calls now, which its newest snapshot does not know yet."""
+        self._declined_at = now
+
+    def call_answered(self, now: float) -> None:
+        """The backend answered, be it with an error that is the caller's."""
+        self.health.answered(now)
 
     # What follows ------------------------------------------------------------------------------
 
@@ -133,8 +150,18 @@ class Backend:
             return BackendState.SUSPECT, self._watch_problem
         if now - self.load_at > self._stale_seconds:
             return BackendState.SUSPECT, f"no load report for {now - self.load_at:.1f} s"
-        if now < self._suspect_until:
+        return self._assess_calls(now)
+
+    def _assess_calls(self, now: float) -> tuple[BackendState, str]:
+        circuit = self.health.circuit(now)
+        if circuit in (Circuit.OPEN, Circuit.PROBING):
+            return BackendState.DOWN, f"calls could not reach it: the circuit is {circuit.value}"
+        if self._declined_at >= self.load_at:
+            return BackendState.SUSPECT, "it takes no calls"
+        if circuit is Circuit.CLOSED and self.health.is_suspect(now):
             return BackendState.SUSPECT, "a call could not reach it"
+        if self.health.is_ejected(now):
+            return BackendState.SUSPECT, "too many of its calls failed"
         return BackendState.UP, ""
 
     def view(self, now: float) -> BackendView:

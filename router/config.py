@@ -9,6 +9,7 @@ from neo_common.grpc.settings import ListenSettings, PeerSettings
 from neo_common.tracing import TracingSettings
 from neo_http.settings import HttpSettings
 from router.discovery.targets import Target, parse
+from router.health import HealthLimits
 from router.policies import POLICIES
 
 
@@ -61,6 +62,18 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettings):
     """A call's first retry waits for a random time up to this; the bound doubles each time."""
     retry_max_ms: float = 250.0
     """Largest such bound."""
+    hedge_after_ms: float = 0.0
+    """A call without a first message after this is made on a second backend as well, if one has
+    room and the retries allow it; the slower one is cancelled. Every hedged call is work done
+    twice. 0: never."""
+    breaker_failures: int = 5
+    """Calls in a row that could not reach a backend, after which it gets none for 1 s, and longer
+    each time, until one call that probes it is answered."""
+    outlier_rate: float = 0.5
+    """A backend that fails this part of its calls in 10 s, of 20 at least, is used only where there
+    is no other, for 10 s and longer each time; more than 1: never."""
+    outlier_part: float = 0.5
+    """Most of the backends that are left out for that at the same time."""
     abort_seconds: float = 5.0
     """How long an Abort waits for each backend's answer."""
     retry_after_seconds: float = 1.0
@@ -93,6 +106,13 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettings):
         """What `backends` says. Raises ValueError."""
         return [parse(text) for text in self.backends]
 
+    def health_limits(self) -> HealthLimits:
+        return HealthLimits(
+            breaker_failures=self.breaker_failures,
+            outlier_rate=self.outlier_rate,
+            outlier_part=self.outlier_part,
+        )
+
     def policies_by_model(self) -> dict[str, str]:
         """Model -> policy of `model_policies`. Raises ValueError."""
         found = {}
@@ -120,12 +140,12 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettings):
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         self.policies_by_model()
-        for name in ("max_calls", "max_attempts"):
+        for name in ("max_calls", "max_attempts", "breaker_failures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         for name in (
             "abort_seconds", "retry_after_seconds", "stale_seconds", "silence_seconds",
-            "reconnect_seconds", "max_reconnect_seconds", "dns_interval_seconds",
+            "reconnect_seconds", "max_reconnect_seconds", "dns_interval_seconds", "outlier_rate",
         ):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0")

@@ -10,9 +10,8 @@ another backend, as long as no message of an answer has come and the backend was
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -25,18 +24,14 @@ from neo_common.errors import Reason, ServiceError
 from protos.neo.v1 import inference_pb2
 from router.admission.calls import admitted
 from router.admission.gate import Admission
+from router.attempts import RetryLimits, Tries
 from router.backend import Backend
-from router.calls import OpenCall
 from router.joining import JOINABLE, Joined, Pace
-from router.keys import CallKeys, keys_of
 from router.limits import Gate
 from router.metrics import Measured, RouterMetrics
 from router.registry import Registry
-from router.relay import Attempt, Context, Failure, Send, outgoing
-from router.retry import RetryBudget, pause_seconds
+from router.relay import Context, Failure, Send, outgoing
 
-RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
-"""Says that this backend cannot take the call now; another one may."""
 LISTING = frozenset({"ListModels", "RepositoryIndex"})
 """Methods that ask for all models, where each backend knows its own."""
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
@@ -44,13 +39,7 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
 
 @dataclass(frozen=True)
 class RelayLimits:
-    max_attempts: int
-    """Backends tried for one call."""
-    retry_ratio: float
-    """Retries allowed for each call, over all calls; see router.retry."""
-    retry_base_seconds: float
-    """Bound of the pause before a call's first retry; doubles."""
-    retry_max_seconds: float
+    retry: RetryLimits
     abort_seconds: float
     """How long an Abort waits for each backend's answer."""
     retry_after_seconds: float
@@ -77,9 +66,8 @@ class Forwarder:
         self._limits = limits
         self._admission = admission
         self._pace = pace
-        self._clock = clock
         self._unary_paths: set[str] = set()
-        self._budget = RetryBudget(limits.retry_ratio)
+        self._tries = Tries(registry, metrics, limits.retry, clock=clock)
 
     def handler(
         self,
@@ -156,78 +144,17 @@ class Forwarder:
             measured.message()
             await send(message)
 
-        keys = keys_of(path, request, context.invocation_metadata())
-        tried: list[str] = []
-        failure: Failure | None = None
-        with self._budgeted():
-            while backend := await self._next(keys, tried, failure, measured):
-                tried.append(backend.address)
-                with self._attempt(backend, path, request, context, keys) as (attempt, call):
-                    failure = await attempt.first()
-                    answered = failure is None
-                    if answered:
-                        call.answered(self._clock())
-                        failure = await attempt.rest(pass_on)
-                self._note(backend, failure)
-                if failure is None:
-                    return None
-                if answered:
-                    break
+        unary = path in self._unary_paths
+        good, failure = await self._tries.run(
+            path, request, context, pass_on, measured, unary=unary
+        )
+        if good:
+            return None
         measured.code = failure.code.name if failure else "UNAVAILABLE"
         return self._told(failure)
 
     def _measure(self, path: str, context: Context) -> AbstractContextManager[Measured]:
         return self._metrics.measure(path, context.invocation_metadata())
-
-    @contextlib.contextmanager
-    def _budgeted(self) -> Iterator[None]:
-        self._budget.began(self._clock())
-        try:
-            yield
-        finally:
-            self._budget.ended()
-
-    @contextlib.contextmanager
-    def _attempt(
-        self, backend: Backend, path: str, request: bytes, context: Context, keys: CallKeys
-    ) -> Iterator[tuple[Attempt, OpenCall]]:
-        """Counted as open on the backend while the block runs."""
-        with backend.call(self._clock(), keys.prompt_tokens) as call:
-            unary = path in self._unary_paths
-            attempt = Attempt(backend.channel, path, request, context, unary=unary)
-            try:
-                yield attempt, call
-            finally:
-                attempt.end()
-
-    async def _next(
-        self, keys: CallKeys, tried: list[str], failure: Failure | None, measured: Measured
-    ) -> Backend | None:
-        """The backend for the call's next attempt, None when there is to be none. failure: of the
-        attempt before, whose answer had not begun."""
-        if failure is not None:
-            if failure.code not in RETRIED or len(tried) >= self._limits.max_attempts:
-                return None
-            if not self._budget.take(self._clock()):
-                self._metrics.over_budget.inc()
-                return None
-            await asyncio.sleep(
-                pause_seconds(
-                    len(tried), self._limits.retry_base_seconds, self._limits.retry_max_seconds
-                )
-            )
-        # Where all queues are full, trying the others would only add to the load.
-        full = failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        backend = self._registry.choose(keys, tried, with_room=full)
-        if backend is not None:
-            measured.attempt(backend.address)
-        return backend
-
-    def _note(self, backend: Backend, failure: Failure | None) -> None:
-        if failure is not None and failure.unreachable:
-            backend.call_failed(self._clock())
-        else:
-            backend.call_answered()
 
     def _told(self, failure: Failure | None) -> Failure:
         """The backend's own words where there are any, else the router's, raised: what a broken

@@ -40,6 +40,11 @@ class Measured:
             self._metrics.retries.inc()
         self._attempts += 1
 
+    def hedge(self, backend: str) -> None:
+        """The call goes to `backend`, too."""
+        self._metrics.attempts.labels(backend).inc()
+        self._metrics.hedges.inc()
+
     def message(self) -> None:
         """A message of the answer came."""
         if not self._answered:
@@ -78,6 +83,18 @@ class RouterMetrics:
         self.over_budget = Counter(
             "neo_router_retries_over_budget", "Retries that the budget did not allow.",
             registry=registry,
+        )  # fmt: skip
+        self.hedges = Counter(
+            "neo_router_hedges", "Calls made on a second backend beside a slow first.",
+            registry=registry,
+        )  # fmt: skip
+        self.hedges_won = Counter(
+            "neo_router_hedges_won", "Hedged calls that the second backend answered first.",
+            registry=registry,
+        )  # fmt: skip
+        self.ejections = Counter(
+            "neo_router_ejections", "Times that a backend was left out for failing its calls.",
+            ["backend"], registry=registry,
         )  # fmt: skip
         self.messages = Counter("neo_router_messages", "Messages relayed.", registry=registry)
         self.first_message = Histogram(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from router.backend import Backend
 from router.chooser import Chooser
+from router.health import HealthLimits, eject_outliers
 from router.keys import CallKeys
 from router.load import WatchTiming, watch
 from router.views import BackendState
@@ -33,6 +34,7 @@ class Registry:
         addresses: Collection[str],
         timing: WatchTiming,
         chooser: Chooser,
+        limits: HealthLimits = HealthLimits(),  # noqa: B008 -- frozen
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -40,6 +42,7 @@ class Registry:
         self._backends: dict[str, Backend] = {}
         self._timing = timing
         self._chooser = chooser
+        self._limits = limits
         self._clock = clock
         self._watchers: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -119,6 +122,18 @@ class Registry:
         self._announce()
 
     # What is asked of them -----------------------------------------------------------------------
+
+    def check_outliers(self) -> list[str]:
+        """Leave out backends that fail too many of their calls; returns their addresses. To be
+        called after such a failure."""
+        by_health = {backend.health: backend for backend in self.backends}
+        ejected = eject_outliers(list(by_health), self._clock(), self._limits)
+        addresses = [by_health[health].address for health in ejected]
+        for address in addresses:
+            log.warning("backend %s fails too many of its calls: others are preferred", address)
+        if addresses:
+            self._announce()
+        return addresses
 
     def get(self, address: str) -> Backend | None:
         return self._backends.get(address)

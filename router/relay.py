@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
+from neo_common.errors import NO_CALLS_NOW, SERVICE_FAULTS, reason_of
 from neo_common.grpc.auth import HEADER
 from neo_common.grpc.principal import TENANT_KEY, current
 from neo_common.tracing import TRACEPARENT, current_traceparent
@@ -60,6 +61,26 @@ class Failure:
         return self.code is grpc.StatusCode.UNAVAILABLE and all(
             key != DETAILS_KEY for key, _ in self.trailing
         )
+
+    @property
+    def reason(self) -> str:
+        """Of neo_common.errors; "" where the status has no details."""
+        for key, value in self.trailing:
+            if key == DETAILS_KEY and isinstance(value, bytes):
+                return reason_of(value)
+        return ""
+
+    @property
+    def declined(self) -> bool:
+        """Whether the backend takes no calls for the moment."""
+        return self.code is grpc.StatusCode.UNAVAILABLE and self.reason in NO_CALLS_NOW
+
+    @property
+    def is_the_backends(self) -> bool:
+        """Whether the backend is at fault, and not the call or the way."""
+        if self.code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+            return self.reason in ("", *SERVICE_FAULTS)
+        return self.code is grpc.StatusCode.DATA_LOSS or self.reason in SERVICE_FAULTS
 
     @classmethod
     def of(cls, error: grpc.aio.AioRpcError) -> Failure:

@@ -43,12 +43,17 @@ class FakeBackend(
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     hold: asyncio.Event | None = None
     """When set, streams wait for it after their first message."""
+    begin: asyncio.Event | None = None
+    """When set, answers wait for it before their first message."""
+    break_calls: bool = False
+    """Every request ends as if the connection had broken; load is reported as before."""
     report_load: bool = True
     live_ids: set[str] = field(default_factory=set)
     drained: int = 0
     models: tuple[str, ...] = ()
     """That it reports to serve."""
     _server: Any = None
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
@@ -59,11 +64,28 @@ class FakeBackend(
         self.address = f"127.0.0.1:{port}"
         return self.address
 
+    async def restart_begins(self, grace: float = 30.0) -> None:
+        """As a gpu_service that gets SIGTERM: it refuses new calls, ends when the live ones have
+        ended, and is another process when it starts again."""
+        self.fail_with = ServiceError(Reason.DRAINING, "draining", retry_after=1.0)
+        self.state = engine.ENGINE_STATE_DRAINING
+        self._idle = asyncio.Event()
+        if self.live:
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        await self.stop()
+        self.fail_with, self.state = None, engine.ENGINE_STATE_SERVING
+
     async def stop(self) -> None:
         """At once, as if killed: streams break."""
         if self._server is not None:
             await self._server.stop(None)
             self._server = None
+
+    def _left(self) -> None:
+        self.live -= 1
+        if self.live == 0:
+            self._idle.set()
 
     # InferenceService ---------------------------------------------------------------------------
 
@@ -71,13 +93,21 @@ class FakeBackend(
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
         self.time_left.append(context.time_remaining())
+        if self.break_calls:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self.address}: connection reset")
+        if self.begin is not None:
+            await self.begin.wait()
         if self.fail_with is not None:
             status: Any = self.fail_with.to_status()
             trailing = (*status.trailing_metadata, ("x-from", self.name))
             await context.abort(status.code, status.details, trailing)
 
     async def Generate(self, request: inference.GenerateRequest, context: Any) -> Any:
-        await self._begin(request, context)
+        self.live += 1
+        try:
+            await self._begin(request, context)
+        finally:
+            self._left()
         await context.send_initial_metadata((("x-initial", self.name),))
         context.set_trailing_metadata((("x-trailing", self.name),))
         return inference.GenerateResponse(request_id=request.request_id, model=self.name)
@@ -110,7 +140,7 @@ class FakeBackend(
             self.cancelled.set()
             raise
         finally:
-            self.live -= 1
+            self._left()
             self.live_ids.discard(request.request_id)
 
     async def Abort(self, request: inference.AbortRequest, context: Any) -> Any:

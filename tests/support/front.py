@@ -42,6 +42,9 @@ class Front:
                     break
         call.cancel()
 
+    def watch_request(self, interval_ms: int) -> router_pb2.WatchBackendsRequest:
+        return router_pb2.WatchBackendsRequest(interval_ms=interval_ms)
+
     async def until_health(self, status: int) -> None:
         call = self.health.Watch(health_pb2.HealthCheckRequest())
         async with asyncio.timeout(10):

@@ -7,8 +7,9 @@ from typing import Any, cast
 import pytest
 
 from protos.neo.v1 import engine_pb2 as engine
-from router.backend import SUSPECT_BASE_SECONDS, Backend
+from router.backend import Backend
 from router.calls import SETTLE_SECONDS
+from router.health import SUSPECT_BASE_SECONDS
 from router.views import BackendState
 
 STALE_SECONDS = 2.0
@@ -74,7 +75,7 @@ def test_failed_calls_back_off_and_an_answer_forgives(backend: Backend) -> None:
     assert state(backend, 1.0 + 1.1 * SUSPECT_BASE_SECONDS) is BackendState.UP
     backend.call_failed(1.0)
     assert state(backend, 1.0 + 1.9 * SUSPECT_BASE_SECONDS) is BackendState.SUSPECT
-    backend.call_answered()
+    backend.call_answered(1.0)
     assert state(backend, 1.0) is BackendState.UP
     assert backend.failures_total == 2
 

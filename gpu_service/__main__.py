@@ -20,6 +20,7 @@ from gpu_service.engine.messages import Progress, Ready, Shutdown
 from gpu_service.frontend import compat
 from gpu_service.frontend.dispatch import Dispatcher
 from gpu_service.frontend.health import HealthReporter
+from gpu_service.frontend.http import http_listener
 from gpu_service.frontend.inference import InferenceServicer
 from gpu_service.frontend.metrics import FrontendMetrics
 from gpu_service.frontend.operator import EngineServicer
@@ -34,6 +35,7 @@ from neo_common.grpc.settings import admin_address
 from neo_common.machine.report import MachineCollector, MachineServicer, load
 from neo_common.tracing import open_tracer
 from neo_common.version import version
+from neo_http.listener import HttpListener
 from protos.neo.v1 import (
     engine_pb2,
     engine_pb2_grpc,
@@ -89,10 +91,18 @@ class GpuService:
         self._operator = EngineServicer(
             self._dispatcher, self._info, self._begin_drain, config.max_waiting_requests
         )
+        self._http = self._http_listener() if config.http_listen else None
         self._draining: asyncio.Task[None] | None = None
         # Requests on the host tier wait for a lease, in silence, when all the others have ended.
         patience = config.stall_seconds and config.stall_seconds + config.lease_seconds
         self._health = HealthReporter(self._server.health, self._dispatcher, patience)
+
+    def _http_listener(self) -> HttpListener:
+        def serving() -> bool:
+            return self._operator.state == engine_pb2.ENGINE_STATE_SERVING
+
+        registry = self._metrics.registry
+        return http_listener(self._config, self._inference, self._server, serving, registry)
 
     async def run(self) -> int:
         """Serve until a signal or the engine's end; returns the exit code. Raises ValueError or
@@ -118,9 +128,13 @@ class GpuService:
             address = await self._server.start()
             _log.info("listening on %s; loading %s", address, self._name)
             try:
+                if self._http is not None:
+                    _log.info("HTTP on %s", await self._http.start())
                 return await self._serve()
             finally:
                 await self._engine.stop(grace_seconds=0)
+                if self._http is not None:
+                    await self._http.stop()
                 await self._server.stop()
                 await asyncio.to_thread(self._tracer.close)
 

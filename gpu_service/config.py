@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from neo_common.grpc.settings import ListenSettings, PeerSettings
 from neo_common.tracing import TracingSettings
+from neo_http.settings import HttpSettings
 
 
 @dataclass(frozen=True)
-class GpuServiceConfig(ListenSettings, PeerSettings, TracingSettings):
+class GpuServiceConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettings):
     """One gpu_service: a front end and an engine core."""
 
     model: str = ""
@@ -111,6 +112,7 @@ class GpuServiceConfig(ListenSettings, PeerSettings, TracingSettings):
         checked where it is known."""
         self.validate_listener()
         self.validate_peers()
+        self.validate_http()
         self.validate_tracing()
         if not self.model:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The `openai` client at the router of a running system: what it says is what gRPC says."""
+"""The `openai` client at a running system, its router and its gpu_service: it gets the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from neo_client import Client, Sampling
 from protos.neo.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 from tests.support.load import assert_idle_and_whole
-from tests.support.stack import Stack, running_stack, stack_model
+from tests.support.stack import Stack, free_port, running_stack, stack_model
 
 GREEDY: dict[str, Any] = {"model": "m", "temperature": 0, "max_tokens": 12}
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
@@ -24,13 +24,20 @@ PROMPT_IDS = [39, 68, 75, 75, 78]
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     model = stack_model(tmp_path_factory.mktemp("parent") / "m")
-    with running_stack(tmp_path_factory.mktemp("stack"), model) as started:
+    own = f"127.0.0.1:{free_port()}"
+    with running_stack(tmp_path_factory.mktemp("stack"), model, http_listen=own) as started:
         yield started
 
 
+@pytest.fixture(scope="module", params=["router", "gpu"])
+def url(request: pytest.FixtureRequest, stack: Stack) -> str:
+    """Both serve it alike."""
+    return f"http://{getattr(stack, request.param).config['http_listen']}/v1"
+
+
 @pytest.fixture(scope="module")
-def client(stack: Stack) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=stack.http, api_key="none", max_retries=0, timeout=60) as made:
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as made:
         yield made
 
 
@@ -284,8 +291,8 @@ def test_refusals(
     assert error.value.param == param
 
 
-async def test_a_stream_that_is_left_frees_its_request(stack: Stack) -> None:
-    async with openai.AsyncOpenAI(base_url=stack.http, api_key="none", max_retries=0) as client:
+async def test_a_stream_that_is_left_frees_its_request(stack: Stack, url: str) -> None:
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
         stream = await client.completions.create(
             model="m", prompt="Hello", max_tokens=4000, stream=True,
             extra_body={"ignore_eos": True},

@@ -34,6 +34,8 @@ from protos.neo.v1 import inference_pb2 as pb
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _log = logging.getLogger(__name__)
 _SERVICE = "/neo.v1.InferenceService/"
+CLIENT_GONE = 499
+"""What metrics call it when the client hung up first."""
 
 
 class Admission(Protocol):
@@ -79,20 +81,15 @@ class Api:
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Every failure becomes an error in OpenAI's form; our own bugs get a ticket."""
-        try:
-            response = await handler(request)
-        except (ServiceError, CallFailed) as error:
-            response = _refusal(problem_of(error))
-        except web.HTTPException as error:
-            response = _refusal(_of_http(error), error)
-        except ConnectionError:
-            raise  # the client is gone; there is nobody to tell
-        except Exception as error:
-            response = _refusal(_bug(request, error))
+        """Every failure becomes an error in OpenAI's form; every request is counted."""
         resource = request.match_info.route.resource
         route = "other" if resource is None else resource.canonical
-        self._parts.metrics.requests.labels(route, response.status).inc()
+        status = CLIENT_GONE
+        try:
+            response = await _answered(route, handler(request))
+            status = response.status
+        finally:
+            self._parts.metrics.requests.labels(route, status).inc()
         return response
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
@@ -171,13 +168,31 @@ async def _name_server(request: web.Request, response: web.StreamResponse) -> No
     response.headers["Server"] = "neo"  # else aiohttp says its own version and Python's
 
 
+async def _answered(route: str, work: Awaitable[web.StreamResponse]) -> web.StreamResponse:
+    """What the client is sent, whatever happens. Raises only when it is gone."""
+    try:
+        return await work
+    except web.HTTPException as error:
+        return _refusal(_of_http(error), error)
+    except ConnectionError:
+        raise
+    except Exception as error:
+        problem = _problem(route, error)
+        response = _refusal(problem)
+        if problem.code == Reason.DRAINING.value:
+            response.force_close()  # so that the client's next request finds another server
+        return response
+
+
 async def _streamed(answerer: Answerer, events: Events) -> web.StreamResponse:
     try:
         await answerer.stream(events.send)
-    except (ServiceError, CallFailed) as error:
+    except ConnectionError:
+        raise
+    except Exception as error:
         if not events.begun:
             raise
-        return await events.fail(problem_of(error))
+        return await events.fail(_problem("a stream", error))
     return await events.finish()
 
 
@@ -209,7 +224,10 @@ def _of_http(error: web.HTTPException) -> Problem:
     return Problem(error.status, message, code)
 
 
-def _bug(request: web.Request, error: Exception) -> Problem:
+def _problem(where: str, error: Exception) -> Problem:
+    """Our own bugs get a ticket, which is in the log beside the traceback."""
+    if isinstance(error, ServiceError | CallFailed):
+        return problem_of(error)
     ticket = uuid.uuid4().hex[:12]
-    _log.error("%s failed, ticket %s", request.path, ticket, exc_info=error)
+    _log.error("%s failed, ticket %s", where, ticket, exc_info=error)
     return Problem(500, f"internal error, ticket {ticket}", Reason.INTERNAL_ERROR.value)

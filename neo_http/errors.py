@@ -88,6 +88,7 @@ class Problem:
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+            headers["Retry-After-Ms"] = str(math.ceil(self.retry_after * 1000))  # OpenAI's own
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers

@@ -151,7 +151,7 @@ class Answerer:
                 entries = [types.TokenLogprobs(token_id=asked.prompt_ids[0]), *prompt_logprobs]
             if not hide:
                 entries.extend(choice.logprobs)
-        finish = FINISH[choice.finish_reason]
+        finish = FINISH.get(choice.finish_reason, "stop")  # a reason newer than this
         return Piece(
             index=number * question.n + choice.index,
             text=(asked.prompt_text if echo else "") + ("" if hide else choice.text),

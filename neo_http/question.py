@@ -14,6 +14,8 @@ from protos.neo.v1 import inference_pb2 as pb
 from protos.neo.v1 import types_pb2 as types
 
 MAX_ID_CHARACTERS = 100
+MAX_SECONDS = 7 * 86400.0
+"""Longer time-outs are as good as none, and gRPC's clock has an end."""
 
 Texts = Mapping[int, bytes]
 """Token id -> what it adds to a text."""
@@ -110,9 +112,10 @@ def identity_of(body: Body, prefix: str) -> str:
     """Also the neo.v1 request id, so that operators can abort what clients report."""
     if body.request_id is None:
         return prefix + uuid.uuid4().hex
-    if not 1 <= len(body.request_id) <= MAX_ID_CHARACTERS:
-        raise invalid("request_id", f"must have 1 to {MAX_ID_CHARACTERS} characters")
-    return prefix + body.request_id
+    given = body.request_id
+    if not (1 <= len(given) <= MAX_ID_CHARACTERS and given.isascii() and given.isprintable()):
+        raise invalid("request_id", f"must be 1 to {MAX_ID_CHARACTERS} printable ASCII characters")
+    return prefix + given  # it is a header of the answer, too
 
 
 def base_request(body: Body) -> pb.GenerateRequest:
@@ -139,5 +142,5 @@ def common(body: Body) -> dict[str, Any]:
         "return_token_ids": bool(body.return_token_ids),
         "ids_as_tokens": bool(body.return_tokens_as_token_ids),
         "session": body.prompt_cache_key or "",
-        "timeout_seconds": None if timeout is None else timeout / 1000,
+        "timeout_seconds": None if timeout is None else min(timeout / 1000, MAX_SECONDS),
     }

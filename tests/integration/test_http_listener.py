@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from neo_common.errors import Reason, ServiceError
+from neo_http.completions import CompletionShape
 from neo_http.errors import http_status
 from protos.neo.v1 import inference_pb2 as inference
 from tests.support.fake_backend import FakeBackend, fake_backends
@@ -46,6 +47,7 @@ async def test_every_reason_has_its_status(reason: Reason, stream: bool) -> None
         "message": "n is bad", "type": reply.error["type"], "param": "n", "code": reason.value,
     }  # fmt: skip
     assert reply.headers["Retry-After"] == "1"
+    assert reply.headers["Retry-After-Ms"] == "200"
     assert reply.headers["Content-Type"] == "application/json"
 
 
@@ -76,6 +78,7 @@ async def test_too_many_calls() -> None:
 async def test_a_deadline_of_the_client() -> None:
     async with fake_backends(1) as (a,), http_front([a]) as http:
         a.hold = asyncio.Event()
+        assert (await http.get("/health")).status == 200
         body = {**COMPLETION, "timeout_ms": 200, "stream": True}
         reply = await http.post("/v1/completions", body)
         *_, last = reply.body.strip().split(b"\n\n")
@@ -180,6 +183,7 @@ async def test_drain_finishes_streams_and_refuses_the_rest() -> None:
             reply = await http.post("/v1/completions", COMPLETION)
             assert (reply.status, reply.error["code"]) == (503, "DRAINING")
             assert reply.headers["Retry-After"] == "1"
+            assert reply.headers["Connection"] == "close"
             assert not stopping.done()
             a.hold.set()
             rest = [event async for event in stream]
@@ -298,6 +302,27 @@ async def test_our_own_bugs_get_a_ticket(caplog: pytest.LogCaptureFixture) -> No
     ticket = reply.error["message"].rpartition(" ")[2]
     assert ticket in caplog.text
     assert "private words" not in caplog.text
+
+
+async def test_our_own_bugs_in_the_middle_of_a_stream(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = CompletionShape.delta
+
+    def fails_later(self: Any, piece: Any, texts: Any, question: Any, first: bool) -> Any:
+        assert first, "secret"
+        return told(self, piece, texts, question, first)
+
+    monkeypatch.setattr(CompletionShape, "delta", fails_later)
+    async with fake_backends(1) as (a,), http_front([a]) as http:
+        reply = await http.post("/v1/completions", {**COMPLETION, "stream": True})
+        async with asyncio.timeout(20):
+            await http.router.server.guard.idle.wait()
+    *_, last = reply.body.strip().split(b"\n\n")
+    error = json.loads(last.removeprefix(b"data: "))["error"]
+    assert error["code"] == "INTERNAL_ERROR"
+    assert error["message"].rpartition(" ")[2] in caplog.text
+    assert b"secret" not in reply.body
 
 
 async def test_a_port_in_use() -> None:

@@ -250,6 +250,8 @@ NOT_SERVED: list[tuple[Any, dict[str, Any], str]] = [
     (read_completion, {"timeout_ms": 0}, "timeout_ms"),
     (read_completion, {"request_id": ""}, "request_id"),
     (read_completion, {"request_id": "x" * 101}, "request_id"),
+    (read_completion, {"request_id": "x\r\nSet-Cookie: y"}, "request_id"),
+    (read_completion, {"request_id": "\u00e9"}, "request_id"),
     (read_completion, {"placement": "moon"}, "placement"),
     (read_completion, {"response_format": {"type": "yaml"}}, "response_format.type"),
     (

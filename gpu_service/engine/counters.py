@@ -6,6 +6,7 @@ from __future__ import annotations
 from bisect import bisect_left
 
 from gpu_service.engine.messages import ITERATION_TOKEN_BOUNDS, EngineCounters, Foresight
+from gpu_service.scheduling.decision import Decision
 from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult, Tier
 from gpu_service.scheduling.steering import Steering
 
@@ -31,7 +32,7 @@ def foresight(steering: Steering) -> Foresight | None:
     if steering.predictor is None:
         return None
     accounts, decision = steering.accounts, steering.decision
-    predicted = accounts.predicted
+    predicted, decided = accounts.predicted, decision or Decision(why="")
     return Foresight(
         predicted_seconds={
             "sweep": 1e-3 * predicted.total,
@@ -42,8 +43,13 @@ def foresight(steering: Steering) -> Foresight | None:
         actual_seconds=1e-3 * accounts.actual_ms,
         error=accounts.error,
         mode="" if decision is None else decision.way,
-        tokens_per_second=0.0 if decision is None else 1e3 * decision.rate,
-        gpu_only_tokens_per_second=0.0 if decision is None else 1e3 * decision.gpu_only_rate,
+        tokens_per_second=1e3 * decided.rate,
+        gpu_only_tokens_per_second=1e3 * decided.gpu_only_rate,
+        why=decided.why,
+        host_rows=decided.host_rows,
+        streamed_rows=decided.streamed_rows,
+        resident_tokens=round(decided.resident_tokens),
+        host_busy_seconds=accounts.cpu_busy_seconds,
     )
 
 

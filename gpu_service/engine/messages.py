@@ -186,6 +186,15 @@ class Foresight(msgspec.Struct, frozen=True, kw_only=True):
     """What `mode` promises."""
     gpu_only_tokens_per_second: float
     """What the device alone would."""
+    why: str = ""
+    """In words."""
+    host_rows: float = 0.0
+    """A sweep; in deferred mode those that start in it."""
+    streamed_rows: float = 0.0
+    resident_tokens: int = 0
+    """KV that the host tier is to hold for that."""
+    host_busy_seconds: float = 0.0
+    """The cpu_service's attention was at work, as it told last."""
 
 
 class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from gpu_service.engine.messages import Load, TierLoad
+from gpu_service.engine.messages import Foresight, Load, TierLoad
 from gpu_service.frontend.dispatch import Dispatcher
 from neo_common.errors import Reason, ServiceError
 from protos.neo.v1 import engine_pb2 as pb
@@ -79,6 +79,7 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
             snapshot.mode_seconds_total.update(counters.seconds)
             snapshot.device_busy_seconds_total = counters.device_busy_seconds
             snapshot.host_wait_seconds_total = counters.host_wait_seconds
+            _fill_foresight(snapshot, counters.foresight)
         return snapshot
 
 
@@ -102,6 +103,18 @@ def _fill(snapshot: pb.LoadSnapshot, load: Load) -> None:
         "prefix_host_hit_tokens_total",
     ):
         setattr(snapshot, name, getattr(load, name))
+
+
+def _fill_foresight(snapshot: pb.LoadSnapshot, told: Foresight | None) -> None:
+    if told is None:
+        return
+    snapshot.predicted_seconds_total.update(told.predicted_seconds)
+    snapshot.predicted_sweeps_took_seconds_total = told.actual_seconds
+    snapshot.prediction_error = told.error
+    snapshot.host_busy_seconds_total = told.host_busy_seconds
+    if told.mode:
+        for name in pb.ModeDecision.DESCRIPTOR.fields_by_name:
+            setattr(snapshot.decision, name, getattr(told, name))
 
 
 def _tier(load: TierLoad) -> pb.TierLoad:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13neo/v1/engine.proto\x12\x06neo.v1\"\x9d\x01\n\x08TierLoad\x12\x14\n\x0ctotal_blocks\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x02 \x01(\x04\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x14\n\x0ctokens_total\x18\x04 \x01(\x04\x12\x1f\n\x17\x66reed_tokens_per_second\x18\x05 \x01(\x01\x12\x15\n\rtoken_seconds\x18\x06 \x01(\x01\"\xbe\x06\n\x0cLoadSnapshot\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.neo.v1.EngineState\x12.\n\x0fhost_tier_state\x18\x02 \x01(\x0e\x32\x15.neo.v1.HostTierState\x12\x1d\n\x03gpu\x18\x03 \x01(\x0b\x32\x10.neo.v1.TierLoad\x12\x1e\n\x04host\x18\x04 \x01(\x0b\x32\x10.neo.v1.TierLoad\x12\x18\n\x10waiting_requests\x18\x05 \x01(\r\x12\x1d\n\x15waiting_prompt_tokens\x18\x06 \x01(\x04\x12\x1c\n\x14max_waiting_requests\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x08 \x01(\r\x12\x17\n\x0f\x64\x65motions_total\x18\t \x01(\x04\x12\x18\n\x10promotions_total\x18\n \x01(\x04\x12\x1c\n\x14recomputations_total\x18\x0b \x01(\x04\x12\x18\n\x10iterations_total\x18\x0c \x01(\x04\x12\x19\n\x11iteration_seconds\x18\r \x01(\x01\x12 \n\x18output_tokens_per_second\x18\x0e \x01(\x01\x12\x10\n\x08sequence\x18\x0f \x01(\x04\x12\x13\n\x0binstance_id\x18\x10 \x01(\t\x12\x0e\n\x06models\x18\x11 \x03(\t\x12!\n\x19prefix_query_tokens_total\x18\x12 \x01(\x04\x12\x1f\n\x17prefix_hit_tokens_total\x18\x13 \x01(\x04\x12$\n\x1cprefix_host_hit_tokens_total\x18\x14 \x01(\x04\x12\x46\n\x12mode_seconds_total\x18\x15 \x03(\x0b\x32*.neo.v1.LoadSnapshot.ModeSecondsTotalEntry\x12!\n\x19\x64\x65vice_busy_seconds_total\x18\x16 \x01(\x01\x12\x1f\n\x17host_wait_seconds_total\x18\x17 \x01(\x01\x12 \n\x18prompt_tokens_per_second\x18\x18 \x01(\x01\x1a\x37\n\x15ModeSecondsTotalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x10\n\x0eGetLoadRequest\"5\n\x0fGetLoadResponse\x12\"\n\x04load\x18\x01 \x01(\x0b\x32\x14.neo.v1.LoadSnapshot\"\'\n\x10WatchLoadRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"7\n\x11WatchLoadResponse\x12\"\n\x04load\x18\x01 \x01(\x0b\x32\x14.neo.v1.LoadSnapshot\"\x0e\n\x0c\x44rainRequest\"&\n\rDrainResponse\x12\x15\n\rlive_requests\x18\x01 \x01(\r\"\x10\n\x0eGetInfoRequest\"\xe9\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x05 \x01(\t\x12\x0f\n\x07offload\x18\x06 \x01(\t\x12\x19\n\x11offload_transport\x18\x07 \x01(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x15\n\rhost_kv_dtype\x18\t \x01(\t\x12\x1a\n\x12max_context_tokens\x18\n \x01(\r\x12\x0e\n\x06\x63onfig\x18\x0b \x01(\t*{\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45NGINE_STATE_STARTING\x10\x01\x12\x18\n\x14\x45NGINE_STATE_SERVING\x10\x02\x12\x19\n\x15\x45NGINE_STATE_DRAINING\x10\x03*\x7f\n\rHostTierState\x12\x1f\n\x1bHOST_TIER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13HOST_TIER_STATE_OFF\x10\x01\x12\x16\n\x12HOST_TIER_STATE_UP\x10\x02\x12\x1c\n\x18HOST_TIER_STATE_DEGRADED\x10\x03\x32\x81\x02\n\rEngineService\x12:\n\x07GetLoad\x12\x16.neo.v1.GetLoadRequest\x1a\x17.neo.v1.GetLoadResponse\x12\x42\n\tWatchLoad\x12\x18.neo.v1.WatchLoadRequest\x1a\x19.neo.v1.WatchLoadResponse0\x01\x12\x34\n\x05\x44rain\x12\x14.neo.v1.DrainRequest\x1a\x15.neo.v1.DrainResponse\x12:\n\x07GetInfo\x12\x16.neo.v1.GetInfoRequest\x1a\x17.neo.v1.GetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13neo/v1/engine.proto\x12\x06neo.v1\"\x9d\x01\n\x08TierLoad\x12\x14\n\x0ctotal_blocks\x18\x01 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x02 \x01(\x04\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x14\n\x0ctokens_total\x18\x04 \x01(\x04\x12\x1f\n\x17\x66reed_tokens_per_second\x18\x05 \x01(\x01\x12\x15\n\rtoken_seconds\x18\x06 \x01(\x01\"\xde\x08\n\x0cLoadSnapshot\x12\"\n\x05state\x18\x01 \x01(\x0e\x32\x13.neo.v1.EngineState\x12.\n\x0fhost_tier_state\x18\x02 \x01(\x0e\x32\x15.neo.v1.HostTierState\x12\x1d\n\x03gpu\x18\x03 \x01(\x0b\x32\x10.neo.v1.TierLoad\x12\x1e\n\x04host\x18\x04 \x01(\x0b\x32\x10.neo.v1.TierLoad\x12\x18\n\x10waiting_requests\x18\x05 \x01(\r\x12\x1d\n\x15waiting_prompt_tokens\x18\x06 \x01(\x04\x12\x1c\n\x14max_waiting_requests\x18\x07 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x08 \x01(\r\x12\x17\n\x0f\x64\x65motions_total\x18\t \x01(\x04\x12\x18\n\x10promotions_total\x18\n \x01(\x04\x12\x1c\n\x14recomputations_total\x18\x0b \x01(\x04\x12\x18\n\x10iterations_total\x18\x0c \x01(\x04\x12\x19\n\x11iteration_seconds\x18\r \x01(\x01\x12 \n\x18output_tokens_per_second\x18\x0e \x01(\x01\x12\x10\n\x08sequence\x18\x0f \x01(\x04\x12\x13\n\x0binstance_id\x18\x10 \x01(\t\x12\x0e\n\x06models\x18\x11 \x03(\t\x12!\n\x19prefix_query_tokens_total\x18\x12 \x01(\x04\x12\x1f\n\x17prefix_hit_tokens_total\x18\x13 \x01(\x04\x12$\n\x1cprefix_host_hit_tokens_total\x18\x14 \x01(\x04\x12\x46\n\x12mode_seconds_total\x18\x15 \x03(\x0b\x32*.neo.v1.LoadSnapshot.ModeSecondsTotalEntry\x12!\n\x19\x64\x65vice_busy_seconds_total\x18\x16 \x01(\x01\x12\x1f\n\x17host_wait_seconds_total\x18\x17 \x01(\x01\x12 \n\x18prompt_tokens_per_second\x18\x18 \x01(\x01\x12&\n\x08\x64\x65\x63ision\x18\x19 \x01(\x0b\x32\x14.neo.v1.ModeDecision\x12P\n\x17predicted_seconds_total\x18\x1a \x03(\x0b\x32/.neo.v1.LoadSnapshot.PredictedSecondsTotalEntry\x12+\n#predicted_sweeps_took_seconds_total\x18\x1b \x01(\x01\x12\x18\n\x10prediction_error\x18\x1c \x01(\x01\x12\x1f\n\x17host_busy_seconds_total\x18\x1d \x01(\x01\x1a\x37\n\x15ModeSecondsTotalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a<\n\x1aPredictedSecondsTotalEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xab\x01\n\x0cModeDecision\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x0b\n\x03why\x18\x02 \x01(\t\x12\x11\n\thost_rows\x18\x03 \x01(\x01\x12\x15\n\rstreamed_rows\x18\x04 \x01(\x01\x12\x17\n\x0fresident_tokens\x18\x05 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12\"\n\x1agpu_only_tokens_per_second\x18\x07 \x01(\x01\"\x10\n\x0eGetLoadRequest\"5\n\x0fGetLoadResponse\x12\"\n\x04load\x18\x01 \x01(\x0b\x32\x14.neo.v1.LoadSnapshot\"\'\n\x10WatchLoadRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\"7\n\x11WatchLoadResponse\x12\"\n\x04load\x18\x01 \x01(\x0b\x32\x14.neo.v1.LoadSnapshot\"\x0e\n\x0c\x44rainRequest\"&\n\rDrainResponse\x12\x15\n\rlive_requests\x18\x01 \x01(\r\"\x10\n\x0eGetInfoRequest\"\xe9\x01\n\x0fGetInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x05 \x01(\t\x12\x0f\n\x07offload\x18\x06 \x01(\t\x12\x19\n\x11offload_transport\x18\x07 \x01(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x15\n\rhost_kv_dtype\x18\t \x01(\t\x12\x1a\n\x12max_context_tokens\x18\n \x01(\r\x12\x0e\n\x06\x63onfig\x18\x0b \x01(\t*{\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45NGINE_STATE_STARTING\x10\x01\x12\x18\n\x14\x45NGINE_STATE_SERVING\x10\x02\x12\x19\n\x15\x45NGINE_STATE_DRAINING\x10\x03*\x7f\n\rHostTierState\x12\x1f\n\x1bHOST_TIER_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13HOST_TIER_STATE_OFF\x10\x01\x12\x16\n\x12HOST_TIER_STATE_UP\x10\x02\x12\x1c\n\x18HOST_TIER_STATE_DEGRADED\x10\x03\x32\x81\x02\n\rEngineService\x12:\n\x07GetLoad\x12\x16.neo.v1.GetLoadRequest\x1a\x17.neo.v1.GetLoadResponse\x12\x42\n\tWatchLoad\x12\x18.neo.v1.WatchLoadRequest\x1a\x19.neo.v1.WatchLoadResponse0\x01\x12\x34\n\x05\x44rain\x12\x14.neo.v1.DrainRequest\x1a\x15.neo.v1.DrainResponse\x12:\n\x07GetInfo\x12\x16.neo.v1.GetInfoRequest\x1a\x17.neo.v1.GetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,32 +33,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOADSNAPSHOT_MODESECONDSTOTALENTRY']._loaded_options = None
   _globals['_LOADSNAPSHOT_MODESECONDSTOTALENTRY']._serialized_options = b'8\001'
-  _globals['_ENGINESTATE']._serialized_start=1505
-  _globals['_ENGINESTATE']._serialized_end=1628
-  _globals['_HOSTTIERSTATE']._serialized_start=1630
-  _globals['_HOSTTIERSTATE']._serialized_end=1757
+  _globals['_LOADSNAPSHOT_PREDICTEDSECONDSTOTALENTRY']._loaded_options = None
+  _globals['_LOADSNAPSHOT_PREDICTEDSECONDSTOTALENTRY']._serialized_options = b'8\001'
+  _globals['_ENGINESTATE']._serialized_start=1967
+  _globals['_ENGINESTATE']._serialized_end=2090
+  _globals['_HOSTTIERSTATE']._serialized_start=2092
+  _globals['_HOSTTIERSTATE']._serialized_end=2219
   _globals['_TIERLOAD']._serialized_start=32
   _globals['_TIERLOAD']._serialized_end=189
   _globals['_LOADSNAPSHOT']._serialized_start=192
-  _globals['_LOADSNAPSHOT']._serialized_end=1022
-  _globals['_LOADSNAPSHOT_MODESECONDSTOTALENTRY']._serialized_start=967
-  _globals['_LOADSNAPSHOT_MODESECONDSTOTALENTRY']._serialized_end=1022
-  _globals['_GETLOADREQUEST']._serialized_start=1024
-  _globals['_GETLOADREQUEST']._serialized_end=1040
-  _globals['_GETLOADRESPONSE']._serialized_start=1042
-  _globals['_GETLOADRESPONSE']._serialized_end=1095
-  _globals['_WATCHLOADREQUEST']._serialized_start=1097
-  _globals['_WATCHLOADREQUEST']._serialized_end=1136
-  _globals['_WATCHLOADRESPONSE']._serialized_start=1138
-  _globals['_WATCHLOADRESPONSE']._serialized_end=1193
-  _globals['_DRAINREQUEST']._serialized_start=1195
-  _globals['_DRAINREQUEST']._serialized_end=1209
-  _globals['_DRAINRESPONSE']._serialized_start=1211
-  _globals['_DRAINRESPONSE']._serialized_end=1249
-  _globals['_GETINFOREQUEST']._serialized_start=1251
-  _globals['_GETINFOREQUEST']._serialized_end=1267
-  _globals['_GETINFORESPONSE']._serialized_start=1270
-  _globals['_GETINFORESPONSE']._serialized_end=1503
-  _globals['_ENGINESERVICE']._serialized_start=1760
-  _globals['_ENGINESERVICE']._serialized_end=2017
+  _globals['_LOADSNAPSHOT']._serialized_end=1310
+  _globals['_LOADSNAPSHOT_MODESECONDSTOTALENTRY']._serialized_start=1193
+  _globals['_LOADSNAPSHOT_MODESECONDSTOTALENTRY']._serialized_end=1248
+  _globals['_LOADSNAPSHOT_PREDICTEDSECONDSTOTALENTRY']._serialized_start=1250
+  _globals['_LOADSNAPSHOT_PREDICTEDSECONDSTOTALENTRY']._serialized_end=1310
+  _globals['_MODEDECISION']._serialized_start=1313
+  _globals['_MODEDECISION']._serialized_end=1484
+  _globals['_GETLOADREQUEST']._serialized_start=1486
+  _globals['_GETLOADREQUEST']._serialized_end=1502
+  _globals['_GETLOADRESPONSE']._serialized_start=1504
+  _globals['_GETLOADRESPONSE']._serialized_end=1557
+  _globals['_WATCHLOADREQUEST']._serialized_start=1559
+  _globals['_WATCHLOADREQUEST']._serialized_end=1598
+  _globals['_WATCHLOADRESPONSE']._serialized_start=1600
+  _globals['_WATCHLOADRESPONSE']._serialized_end=1655
+  _globals['_DRAINREQUEST']._serialized_start=1657
+  _globals['_DRAINREQUEST']._serialized_end=1671
+  _globals['_DRAINRESPONSE']._serialized_start=1673
+  _globals['_DRAINRESPONSE']._serialized_end=1711
+  _globals['_GETINFOREQUEST']._serialized_start=1713
+  _globals['_GETINFOREQUEST']._serialized_end=1729
+  _globals['_GETINFORESPONSE']._serialized_start=1732
+  _globals['_GETINFORESPONSE']._serialized_end=1965
+  _globals['_ENGINESERVICE']._serialized_start=2222
+  _globals['_ENGINESERVICE']._serialized_end=2479
 # @@protoc_insertion_point(module_scope)

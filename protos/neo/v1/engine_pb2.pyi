@@ -46,8 +46,15 @@ class TierLoad(_message.Message):
     def __init__(self, total_blocks: _Optional[int] = ..., free_blocks: _Optional[int] = ..., running_requests: _Optional[int] = ..., tokens_total: _Optional[int] = ..., freed_tokens_per_second: _Optional[float] = ..., token_seconds: _Optional[float] = ...) -> None: ...
 
 class LoadSnapshot(_message.Message):
-    __slots__ = ("state", "host_tier_state", "gpu", "host", "waiting_requests", "waiting_prompt_tokens", "max_waiting_requests", "block_tokens", "demotions_total", "promotions_total", "recomputations_total", "iterations_total", "iteration_seconds", "output_tokens_per_second", "sequence", "instance_id", "models", "prefix_query_tokens_total", "prefix_hit_tokens_total", "prefix_host_hit_tokens_total", "mode_seconds_total", "device_busy_seconds_total", "host_wait_seconds_total", "prompt_tokens_per_second")
+    __slots__ = ("state", "host_tier_state", "gpu", "host", "waiting_requests", "waiting_prompt_tokens", "max_waiting_requests", "block_tokens", "demotions_total", "promotions_total", "recomputations_total", "iterations_total", "iteration_seconds", "output_tokens_per_second", "sequence", "instance_id", "models", "prefix_query_tokens_total", "prefix_hit_tokens_total", "prefix_host_hit_tokens_total", "mode_seconds_total", "device_busy_seconds_total", "host_wait_seconds_total", "prompt_tokens_per_second", "decision", "predicted_seconds_total", "predicted_sweeps_took_seconds_total", "prediction_error", "host_busy_seconds_total")
     class ModeSecondsTotalEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class PredictedSecondsTotalEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +85,11 @@ class LoadSnapshot(_message.Message):
     DEVICE_BUSY_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     HOST_WAIT_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_SWEEPS_TOOK_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_ERROR_FIELD_NUMBER: _ClassVar[int]
+    HOST_BUSY_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     state: EngineState
     host_tier_state: HostTierState
     gpu: TierLoad
@@ -102,7 +114,30 @@ class LoadSnapshot(_message.Message):
     device_busy_seconds_total: float
     host_wait_seconds_total: float
     prompt_tokens_per_second: float
-    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., host_tier_state: _Optional[_Union[HostTierState, str]] = ..., gpu: _Optional[_Union[TierLoad, _Mapping]] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., block_tokens: _Optional[int] = ..., demotions_total: _Optional[int] = ..., promotions_total: _Optional[int] = ..., recomputations_total: _Optional[int] = ..., iterations_total: _Optional[int] = ..., iteration_seconds: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., sequence: _Optional[int] = ..., instance_id: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., prefix_host_hit_tokens_total: _Optional[int] = ..., mode_seconds_total: _Optional[_Mapping[str, float]] = ..., device_busy_seconds_total: _Optional[float] = ..., host_wait_seconds_total: _Optional[float] = ..., prompt_tokens_per_second: _Optional[float] = ...) -> None: ...
+    decision: ModeDecision
+    predicted_seconds_total: _containers.ScalarMap[str, float]
+    predicted_sweeps_took_seconds_total: float
+    prediction_error: float
+    host_busy_seconds_total: float
+    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., host_tier_state: _Optional[_Union[HostTierState, str]] = ..., gpu: _Optional[_Union[TierLoad, _Mapping]] = ..., host: _Optional[_Union[TierLoad, _Mapping]] = ..., waiting_requests: _Optional[int] = ..., waiting_prompt_tokens: _Optional[int] = ..., max_waiting_requests: _Optional[int] = ..., block_tokens: _Optional[int] = ..., demotions_total: _Optional[int] = ..., promotions_total: _Optional[int] = ..., recomputations_total: _Optional[int] = ..., iterations_total: _Optional[int] = ..., iteration_seconds: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., sequence: _Optional[int] = ..., instance_id: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., prefix_host_hit_tokens_total: _Optional[int] = ..., mode_seconds_total: _Optional[_Mapping[str, float]] = ..., device_busy_seconds_total: _Optional[float] = ..., host_wait_seconds_total: _Optional[float] = ..., prompt_tokens_per_second: _Optional[float] = ..., decision: _Optional[_Union[ModeDecision, _Mapping]] = ..., predicted_seconds_total: _Optional[_Mapping[str, float]] = ..., predicted_sweeps_took_seconds_total: _Optional[float] = ..., prediction_error: _Optional[float] = ..., host_busy_seconds_total: _Optional[float] = ...) -> None: ...
+
+class ModeDecision(_message.Message):
+    __slots__ = ("mode", "why", "host_rows", "streamed_rows", "resident_tokens", "tokens_per_second", "gpu_only_tokens_per_second")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    HOST_ROWS_FIELD_NUMBER: _ClassVar[int]
+    STREAMED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    GPU_ONLY_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    why: str
+    host_rows: float
+    streamed_rows: float
+    resident_tokens: int
+    tokens_per_second: float
+    gpu_only_tokens_per_second: float
+    def __init__(self, mode: _Optional[str] = ..., why: _Optional[str] = ..., host_rows: _Optional[float] = ..., streamed_rows: _Optional[float] = ..., resident_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., gpu_only_tokens_per_second: _Optional[float] = ...) -> None: ...
 
 class GetLoadRequest(_message.Message):
     __slots__ = ()

@@ -45,7 +45,7 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettings):
     default_model: str = ""
     """Model of calls that name none; empty means the only one that the backends serve."""
 
-    max_calls: int = 4096
+    max_calls: int = 8192
     """Calls held at once; more are refused with RESOURCE_EXHAUSTED."""
     tenants: str = ""
     """YAML file with limits and shares of tenants, see docs/operations.md; read again when it

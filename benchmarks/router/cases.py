@@ -155,7 +155,7 @@ def many(sizes: Sizes, cpus: Cpus) -> Figures:
     flags = ["--step-ms", "2000" if count > 100 else "100"]
     with (
         processes.engines(1, flags, cpus) as (engine,),
-        processes.router([engine], ["--max-calls", str(2 * count)], cpus) as through,
+        processes.router([engine], [], cpus) as through,
     ):
         return asyncio.run(_many(through, count, tokens))
 

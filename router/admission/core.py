@@ -39,7 +39,7 @@ class AdmissionCore:
         self._classes = FairOrder[PriorityClass]()
         self._class_flows: dict[PriorityClass, Flow[PriorityClass]] = {}
         self._backlogged: dict[Flow[Ticket], PriorityClass] = {}
-        self._queued_cost = 0.0
+        self._queued_load = 0.0
         self._queued_weight = dict.fromkeys(PriorityClass, 0.0)
         self._expiries: list[tuple[float, int, Ticket]] = []
         self._numbers = itertools.count()
@@ -64,7 +64,8 @@ class AdmissionCore:
         tenant = self._tenant(name, now)
         rank = min(rank, tenant.limits.highest)
         patience = min(seconds_left, self.policy.shared.max_wait_seconds)
-        ticket = Ticket(tenant, rank, cost, arrived=now, expires=now + patience)
+        load = cost * tenant.used_part
+        ticket = Ticket(tenant, rank, cost, load, arrived=now, expires=now + patience)
         self._check_rates(tenant, cost, now)
         if tenant.has_room and self._room(room) >= 1 and self._next() is None:
             self._busy(tenant)
@@ -102,6 +103,8 @@ class AdmissionCore:
         elif ticket.state is State.RUNNING:
             tenant.running -= 1
             self.running -= 1
+            if used:
+                tenant.learn(used, ticket.cost)
         else:
             return
         ticket.state = State.ENDED
@@ -135,9 +138,9 @@ class AdmissionCore:
 
         What is ahead of it in its own flow takes its share of the pace, and all that waits takes
         the whole pace: the smaller one holds. A tenant at its own limit goes at its own pace."""
-        mine = ticket.flow.cost + ticket.cost
+        mine = ticket.flow.cost + ticket.load
         share = self._share(ticket)
-        everything = self._queued_cost + ticket.cost
+        everything = self._queued_load + ticket.load
         wait = self._pace.seconds_for(min(everything, mine / share), now)
         if not ticket.tenant.has_room:
             wait = max(wait, ticket.tenant.pace.seconds_for(mine, now))
@@ -210,7 +213,7 @@ class AdmissionCore:
     def _fatness(self, flow: Flow[Ticket], plus: Ticket | None = None) -> float:
         """How much waits for its share."""
         rank = plus.rank if plus else self._backlogged[flow]
-        cost = flow.cost + (plus.cost if plus else 0.0)
+        cost = flow.cost + (plus.load if plus else 0.0)
         return cost / (flow.weight * self.policy.shared.class_weight(rank))
 
     def _enqueue(self, ticket: Ticket, now: float) -> None:
@@ -218,8 +221,8 @@ class AdmissionCore:
         if not flow.waiting:
             self._backlogged[flow] = ticket.rank
             self._queued_weight[ticket.rank] += flow.weight
-        flow.push(ticket, ticket.cost)
-        self._queued_cost += ticket.cost
+        flow.push(ticket, ticket.load)
+        self._queued_load += ticket.load
         tenant.waiting += 1
         self.waiting += 1
         self._pace.waiting(now)
@@ -233,12 +236,16 @@ class AdmissionCore:
     def _dequeue(self, ticket: Ticket) -> None:
         flow, tenant = ticket.flow, ticket.tenant
         flow.remove(ticket)
-        self._queued_cost -= ticket.cost
+        self._queued_load -= ticket.load
         if not flow.waiting:
             del self._backlogged[flow]
             self._queued_weight[ticket.rank] -= flow.weight
+            if self._queued_weight[ticket.rank] < 1e-6:  # less than the least weight: rounding
+                self._queued_weight[ticket.rank] = 0.0
         tenant.waiting -= 1
         self.waiting -= 1
+        if not self.waiting:
+            self._queued_load = 0.0  # what rounding left of it
         if not tenant.waiting:
             tenant.pace.nobody_waits()
         if not self.waiting:
@@ -289,13 +296,14 @@ class AdmissionCore:
     def _start(self, ticket: Ticket, now: float) -> None:
         tenant, rank, flow = ticket.tenant, ticket.rank, ticket.flow
         order, class_flow = self._orders[rank], self._class_flows[rank]
-        order.charge(flow, ticket.cost)
-        self._classes.charge(class_flow, ticket.cost)
+        load = ticket.cost * tenant.used_part  # by what is known now
+        order.charge(flow, load)
+        self._classes.charge(class_flow, load)
         if ticket in flow.waiting:
             order.withdraw()
             self._classes.withdraw()
-            self._pace.started(ticket.cost, now, more=self.waiting > 1)
-            tenant.pace.started(ticket.cost, now, more=tenant.waiting > 1)
+            self._pace.started(ticket.load, now, more=self.waiting > 1)
+            tenant.pace.started(ticket.load, now, more=tenant.waiting > 1)
             self._dequeue(ticket)
         ticket.state, ticket.started = State.RUNNING, now
         tenant.running += 1

@@ -7,7 +7,8 @@
 | vLLM | the same two | the same | the last message, where n is 1 |
 | KServe | the message's bytes / bytes_per_token | max_tokens among its parameters | not known |
 
-A request without max_tokens counts for `default_output_tokens` of output a choice.
+A request without max_tokens counts for `default_output_tokens` of output a choice, none for more
+than `max_output_tokens`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from protos.neo.v1 import inference_pb2 as inference
 from router.admission.policy import SharedLimits
 
 MAX_PRIORITY = 100
+MAX_CHOICES = 16
+"""Engines refuse more."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,15 @@ class Cost:
 
     prompt_tokens: float = 0.0
     output_tokens: float | None = None
-    """Of all choices; None: the request does not say."""
+    """Of each choice; None: the request does not say."""
     choices: int = 1
 
     def total(self, shared: SharedLimits) -> float:
         output = self.output_tokens
         if output is None:
-            output = float(shared.default_output_tokens * self.choices)
-        return max(1.0, self.prompt_tokens + output)
+            output = float(shared.default_output_tokens)
+        output = min(max(output, 0.0), shared.max_output_tokens)
+        return max(1.0, self.prompt_tokens + output * min(self.choices, MAX_CHOICES))
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _cost(prompt: float, sampling: Any, n: int) -> Cost:
     choices = max(1, n)
     if not sampling.HasField("max_tokens"):
         return Cost(prompt, None, choices)
-    return Cost(prompt, float(sampling.max_tokens * choices), choices)
+    return Cost(prompt, float(sampling.max_tokens), choices)
 
 
 def _neo_used(usage: Any) -> float | None:

@@ -104,6 +104,9 @@ class SharedLimits:
     """The same for `low`."""
     default_output_tokens: int = 512
     """What a request without max_tokens is counted for."""
+    max_output_tokens: int = 16384
+    """A request is counted for at most this much output a choice, whatever it asks for: engines cut
+    max_tokens to what the model's context has room for."""
     bytes_per_token: float = 4.0
     """How prompts that are text are counted before the backend says what they were."""
 
@@ -113,7 +116,7 @@ class SharedLimits:
     def validate(self) -> None:
         """Raises ValueError naming the field."""
         _not_negative(self, "max_running", "max_backend_waiting", "max_queued")
-        _not_negative(self, "default_output_tokens")
+        _not_negative(self, "default_output_tokens", "max_output_tokens")
         if self.max_wait_seconds <= 0:
             raise ValueError("max_wait_seconds must be more than 0")
         if self.bytes_per_token < 0.1:

@@ -10,6 +10,10 @@ from router.admission.flows import Flow
 from router.admission.policy import PriorityClass, TenantLimits
 from router.admission.rates import Bucket, Pace
 
+LEARN = 0.1
+"""How much the newest request counts in `Tenant.used_part`."""
+MIN_USED_PART = 0.01
+MAX_USED_PART = 4.0
 UNKNOWN_RETRY_SECONDS = 1.0
 """What is said where nothing is known about the wait."""
 MIN_RETRY_SECONDS = 0.05
@@ -45,6 +49,18 @@ class Tenant:
     running: int = 0
     waiting: int = 0
     pace: Pace = field(default_factory=Pace)
+    used_part: float = 1.0
+    """Of what its requests reserved, what they used, lately; for the order, so that who reserves
+    much and uses little does not wait for it."""
+    learnt: int = 0
+    """From how many requests."""
+
+    def learn(self, used: float, reserved: float) -> None:
+        """One of its requests has ended. The first ones count as much as all before them."""
+        self.learnt += 1
+        part = self.used_part
+        part += max(LEARN, 1 / self.learnt) * (used / reserved - part)
+        self.used_part = min(max(part, MIN_USED_PART), MAX_USED_PART)
 
     @property
     def has_room(self) -> bool:
@@ -59,6 +75,8 @@ class Ticket:
     rank: PriorityClass
     cost: float
     """Tokens reserved."""
+    load: float
+    """Tokens that it will probably use, as far as was known when it came; for predictions."""
     arrived: float
     expires: float
     """When it is refused if it still waits."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from neo_common.errors import Reason
+from router.admission import cost
 from router.admission.core import AdmissionCore
 from router.admission.policy import Policy, PriorityClass, SharedLimits, TenantLimits
 from router.admission.rates import Bucket
@@ -80,14 +81,14 @@ class Admissions(RuleBasedStateMachine):
     @rule(
         name=st.sampled_from(NAMES),
         rank=st.sampled_from(PriorityClass),
-        cost=st.integers(1, 900),
+        tokens=st.integers(1, 900),
         left=st.sampled_from([math.inf, 5.0, 0.5, 0.0]),
         room=st.sampled_from([math.inf, 0.0]),
     )
-    def come(self, name: str, rank: PriorityClass, cost: int, left: float, room: float) -> None:
+    def come(self, name: str, rank: PriorityClass, tokens: int, left: float, room: float) -> None:
         ticket = refusal = None
         try:
-            ticket = self.core.submit(name, rank, cost, self.now, seconds_left=left, room=room)
+            ticket = self.core.submit(name, rank, tokens, self.now, seconds_left=left, room=room)
         except Refusal as error:
             refusal = error
         if ticket is None:
@@ -143,7 +144,7 @@ class Admissions(RuleBasedStateMachine):
             assert tenant.running == self.of(ticket, self.running)
             assert tenant.waiting == self.of(ticket, self.waiting)
         assert sum(len(f.waiting) for f in core._backlogged) == len(self.waiting)
-        assert core._queued_cost == pytest.approx(sum(t.cost for t in self.waiting))
+        assert core._queued_load == pytest.approx(sum(t.load for t in self.waiting))
         assert len(core._expiries) <= 2 * len(self.waiting) + 65
         assert len(core._tenants) <= len(NAMES)
 
@@ -174,9 +175,9 @@ def served(
     time."""
     core, now = AdmissionCore(policy), 0.0
     blocker = core.submit("blocker", PriorityClass.LOW, 1, now)
-    for (name, rank), cost in costs.items():
+    for (name, rank), tokens in costs.items():
         for _ in range(3):
-            core.submit(name, rank, cost, now)
+            core.submit(name, rank, tokens, now)
     core.end(blocker, now)
     order: list[Ticket] = []
     for _ in range(starts):
@@ -202,7 +203,7 @@ def test_tenants_share_by_weight(flows: dict[str, tuple[float, int]]) -> None:
     of start-time fair queueing."""
     tenants = {name: TenantLimits(weight=weight) for name, (weight, _) in flows.items()}
     shared = SharedLimits(max_running=1, max_queued=1000, max_wait_seconds=1e6)
-    costs = {(name, PriorityClass.NORMAL): cost for name, (_, cost) in flows.items()}
+    costs = {(name, PriorityClass.NORMAL): tokens for name, (_, tokens) in flows.items()}
     got: Counter[str] = Counter()
     for ticket in served(Policy(shared, TenantLimits(), tenants), costs, 300):
         got[ticket.tenant.name] += round(ticket.cost)
@@ -243,6 +244,39 @@ def test_who_asks_one_by_one_gains_nothing() -> None:
         if running is drip:
             drip = None
     assert got["drip"] == pytest.approx(200, abs=3)
+
+
+def test_who_reserves_more_than_it_uses_gets_its_share_of_what_is_used() -> None:
+    """Both use 100 tokens a request; one asks for 40 times as much, as many clients do."""
+    shared = SharedLimits(max_running=4, max_queued=1000, max_wait_seconds=1e6)
+    core, now = AdmissionCore(Policy(shared)), 0.0
+    reserved = {"modest": 100, "greedy": 4000}
+    running: list[Ticket] = []
+    for name, tokens in reserved.items():
+        for _ in range(10):
+            ticket = core.submit(name, PriorityClass.NORMAL, tokens, now)
+            if ticket.state is State.RUNNING:
+                running.append(ticket)
+    started: Counter[str] = Counter()
+    for step in range(1000):
+        now += 0.01
+        done = running.pop(0)
+        core.end(done, now, used=100.0)
+        name = done.tenant.name
+        core.submit(name, PriorityClass.NORMAL, reserved[name], now)
+        for ticket in core.turn(now):
+            running.append(ticket)
+            if step >= 500:  # when it has learnt
+                started[ticket.tenant.name] += 1
+    assert started["greedy"] == pytest.approx(started["modest"], rel=0.05)
+
+
+@given(st.sampled_from(sorted(cost.KINDS)), st.binary(max_size=300))
+def test_any_bytes_have_a_cost(path: str, data: bytes) -> None:
+    shared = SharedLimits()
+    asked = cost.asked(path, data, (), shared)
+    assert 1 <= asked.cost.total(shared) <= 300 + 16 * shared.max_output_tokens
+    cost.used(path, asked.cost.choices, data)
 
 
 def test_memory_is_bounded_whatever_names_come() -> None:

@@ -8,7 +8,13 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from neo_common.errors import Reason
 from router.admission import cost
@@ -51,6 +57,10 @@ class Admissions(RuleBasedStateMachine):
         self.waiting: list[Ticket] = []
         self.running: list[Ticket] = []
         self.policy_changed = False
+
+    @initialize(policy=POLICIES)
+    def begin(self, policy: Policy) -> None:
+        self.core = AdmissionCore(policy)
 
     def turn(self, room: float = math.inf) -> None:
         for ticket in self.core.turn(self.now, room):
@@ -244,6 +254,27 @@ def test_who_asks_one_by_one_gains_nothing() -> None:
         if running is drip:
             drip = None
     assert got["drip"] == pytest.approx(200, abs=3)
+
+
+def test_who_was_away_has_saved_up_nothing() -> None:
+    core = AdmissionCore(Policy(SharedLimits(max_running=1, max_queued=1000, max_wait_seconds=1e6)))
+    running = core.submit("busy", PriorityClass.NORMAL, 10, 0.0)
+    got: Counter[str] = Counter()
+    for step in range(400):
+        now = step * 0.01
+        for name in ("busy", "late") if step >= 300 else ("busy",):
+            core.submit(name, PriorityClass.NORMAL, 10, now)
+        core.end(running, now)
+        (running,) = core.turn(now)
+        got[running.tenant.name] += step >= 300
+    assert abs(got["busy"] - got["late"]) <= 2
+
+
+def test_a_bucket_saves_up_no_more_than_a_burst() -> None:
+    bucket = Bucket(1.0, 10.0, 0.0)
+    assert bucket.wait(10.0, 1000.0) == 0
+    bucket.take(10.0, 1000.0)
+    assert bucket.wait(1.0, 1000.0) == pytest.approx(1.0)
 
 
 def test_who_reserves_more_than_it_uses_gets_its_share_of_what_is_used() -> None:

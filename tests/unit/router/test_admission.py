@@ -115,6 +115,17 @@ def test_a_tenant_at_its_limit_waits_and_does_not_hold_up_others() -> None:
     assert found.turn(1.0) == [second]
 
 
+def test_a_tenants_limit_holds_over_all_classes() -> None:
+    found = core(TenantLimits(max_running=1), max_running=2)
+    others = [found.submit(name, NORMAL, 10, 0.0) for name in "bc"]
+    urgent, other = (found.submit("a", rank, 10, 0.0) for rank in (HIGH, NORMAL))
+    for ticket in others:
+        found.end(ticket, 1.0)
+    assert found.turn(1.0) == [urgent], "though there is room for two"
+    found.end(urgent, 2.0)
+    assert found.turn(2.0) == [other]
+
+
 def test_tokens_are_reserved_and_given_back() -> None:
     found = core(TenantLimits(tokens_per_minute=600.0), max_running=0)
     ticket = found.submit("a", NORMAL, 500, 0.0)

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 
@@ -53,9 +53,9 @@ def discovery(config: RouterConfig) -> Discovery:
     return Discovery(targets, config.dns_interval_seconds, api)
 
 
-def chooser(config: RouterConfig) -> Chooser:
+def chooser(config: RouterConfig, chosen: Callable[[str, str, float], None]) -> Chooser:
     by_model = {model: POLICIES[name] for model, name in config.policies_by_model().items()}
-    return Chooser(POLICIES[config.policy], by_model, config.default_model)
+    return Chooser(POLICIES[config.policy], by_model, config.default_model, chosen=chosen)
 
 
 def relay_limits(config: RouterConfig) -> RelayLimits:
@@ -92,7 +92,7 @@ class Router:
                 backoff_seconds=config.reconnect_seconds,
                 max_backoff_seconds=config.max_reconnect_seconds,
             ),
-            chooser(config),
+            chooser(config, self._metrics.chose),
             config.health_limits(),
         )
         self.admission = Admission(

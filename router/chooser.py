@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from neo_common.errors import Reason, ServiceError
 from router.keys import CallKeys
-from router.policies import BY_PREFIX, Policy, choose
+from router.policies import BY_PREFIX, POLICIES, Policy, choose
+from router.policies.wait import predicted_wait
 from router.prefixes import PrefixIndex, names_of
 from router.views import BackendView, CallView
 
+NAMES = {policy: name for name, policy in POLICIES.items()}
 Served = Sequence[tuple[tuple[str, ...], BackendView]]
 """Each backend and the models that it serves; no models: it has not said."""
 
@@ -19,7 +21,9 @@ class Chooser:
     """One router's choices; used by one event loop.
 
     policy: for models that `by_model` does not name. default_model: for calls that name none; ""
-    means the only one there is.
+    means the only one there is. chosen: told of each choice, with the policy's name, what became of
+    the prompt's affinity (`free` where there is none, `new`, `kept`, `moved`), and the wait in
+    seconds that is predicted.
     """
 
     def __init__(
@@ -29,11 +33,13 @@ class Chooser:
         default_model: str = "",
         *,
         draw: Callable[[], float] = random.random,
+        chosen: Callable[[str, str, float], None] = lambda policy, how, wait: None,
     ) -> None:
         self._policy = policy
         self._by_model = by_model or {}
         self._default_model = default_model
         self._draw = draw
+        self._chosen = chosen
         self._turn = 0
         self._index = PrefixIndex()
 
@@ -52,7 +58,7 @@ class Chooser:
         self._turn += 1
         # Ties go to the first: let each be it in turn.
         turn = self._turn % max(1, len(views))
-        names = names_of(keys.prompt) if policy in BY_PREFIX else ()
+        names = names_of(keys.prompt, model) if policy in BY_PREFIX else ()
         call = CallView(
             prompt_tokens=keys.prompt_tokens,
             session=keys.session,
@@ -62,8 +68,12 @@ class Chooser:
             chance=self._draw(),
         )
         address = choose(policy, views[turn:] + views[:turn], call, tried, with_room=with_room)
-        if names and address is not None:
+        if address is None:
+            return None
+        if names:
             self._index.record(names, address)
+        (view,) = (view for view in views if view.address == address)
+        self._chosen(NAMES.get(policy, ""), _how(call, address), predicted_wait(view, call))
         return address
 
     def _serving(self, served: Served, model: str) -> tuple[list[BackendView], str]:
@@ -83,6 +93,14 @@ class Chooser:
         if not views:
             raise _unknown(f"model {model!r} is not served here", names)
         return views, model
+
+
+def _how(call: CallView, address: str) -> str:
+    """What became of the affinity of the prompt's beginning."""
+    last = next((known for known in reversed(call.known) if known), "")
+    if not call.prefix:
+        return "free"
+    return "kept" if address == last else "moved" if last else "new"
 
 
 def _unknown(what: str, names: Sequence[str]) -> ServiceError:

@@ -84,6 +84,15 @@ class RouterMetrics:
             "neo_router_retries_over_budget", "Retries that the budget did not allow.",
             registry=registry,
         )  # fmt: skip
+        self.choices = Counter(
+            "neo_router_choices",
+            "Backends chosen, and whether a prompt went where its beginning was last.",
+            ["policy", "how"], registry=registry,
+        )  # fmt: skip
+        self.predicted_wait = Histogram(
+            "neo_router_predicted_wait_seconds", "That a chosen backend lets a call wait.",
+            buckets=FIRST_MESSAGE_BUCKETS, registry=registry,
+        )  # fmt: skip
         self.hedges = Counter(
             "neo_router_hedges", "Calls made on a second backend beside a slow first.",
             registry=registry,
@@ -130,6 +139,11 @@ class RouterMetrics:
                 span.set(rpc__response__status_code=measured.code)
                 if measured.code not in ("OK", "CANCELLED"):
                     self.recent.failed()
+
+    def chose(self, policy: str, how: str, wait: float) -> None:
+        """See Chooser."""
+        self.choices.labels(policy, how).inc()
+        self.predicted_wait.observe(wait)
 
     def update(self, backends: tuple[Backend, ...], now: float) -> None:
         """Bring the gauges up to date."""

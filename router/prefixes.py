@@ -17,9 +17,9 @@ INDEX_ENTRIES = 1 << 18
 """About 40 MB when full."""
 
 
-def names_of(prompt: bytes) -> tuple[bytes, ...]:
-    """One for each whole block, shortest beginning first."""
-    state = blake2b(digest_size=8)
+def names_of(prompt: bytes, model: str = "") -> tuple[bytes, ...]:
+    """One for each whole block, shortest beginning first; each model has names of its own."""
+    state = blake2b(model.encode(), digest_size=8)
     names = []
     for end in range(BLOCK_BYTES, len(prompt) + 1, BLOCK_BYTES):
         state.update(prompt[end - BLOCK_BYTES : end])

@@ -2,7 +2,8 @@
 
 The router's own `Backend` and `Chooser` choose, from snapshots that are up to `interval` seconds
 old; the *single queue* holds every request back until some engine can start it, and gives the first
-one to the fastest engine that can. No router that sends each request on at once can do better.
+one to the fastest engine that can. It knows everything and decides last; what it does not do is to
+wait for a fast engine while a slow one is free, so with unequal engines it can be beaten.
 """
 
 from __future__ import annotations

@@ -116,6 +116,7 @@ def test_names_are_those_of_whole_blocks() -> None:
     assert names_of(prompt[:-1]) == names[:-1]
     assert names_of(b"other" + prompt)[0] != names[0]
     assert names_of(b"") == ()
+    assert not set(names_of(prompt, "a")) & set(names_of(prompt, "b"))
 
 
 def test_the_index_forgets_what_was_not_used_for_longest() -> None:

@@ -16,62 +16,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_service.model.spec import read_spec
-from gpu_service.pipeline.cuda.shapes import shape_table
-from gpu_service.pipeline.device_kv import without_staging
-from gpu_service.scheduling.limits import OFFLOAD_POLICIES, SchedulerLimits
+from gpu_service.scheduling.limits import OFFLOAD_POLICIES
 from neo_client.workloads import read_workload
 from neo_client.workloads.arrivals import poisson
-from neo_plan.catalog import model_folder
+from neo_plan.node import Node, Sizes, read_model
 from neo_plan.simulator.figures import figures
-from neo_plan.simulator.machine import Machine
 from neo_plan.simulator.profile import read_profile
 from neo_plan.simulator.run import simulate
 
-HOST_ROWS = 16
-"""Most host rows that start in a sweep, as in `gpu_service.pipeline.cuda.forward`, which imports
-Triton."""
 
-CAPTURED = ("auto", "deferred")
-"""Modes whose host rows are in captured sweeps."""
-
-
-def open_machine(args: argparse.Namespace) -> Machine:
-    """The profile, for the model that was asked for."""
+def node_of(args: argparse.Namespace) -> Node:
+    """The profile's machine, for the model that was asked for."""
     profile = read_profile(args.profile)
-    with model_folder(profile.model) as folder:
-        measured = read_spec(folder)
-    with model_folder(args.model) as folder:
-        spec = read_spec(folder)
-    max_running = min(args.max_running_requests, args.max_batch_tokens)
-    table = shape_table(max_running, args.max_batch_tokens)
-    device_deals = args.offload_mode in CAPTURED
-    return Machine(profile, measured, spec, table, args.host_kv_dtype == "int8", device_deals)
-
-
-def limits_of(args: argparse.Namespace, machine: Machine) -> SchedulerLimits:
-    """As `gpu_service.engine.build` makes them on a CUDA device."""
-    streams = args.streamed_kv_blocks if args.offload_mode in CAPTURED else 0
-    gpu_blocks = without_staging(args.gpu_kv_blocks, streams, machine.spec.layers)
-    largest = max(gpu_blocks, args.host_kv_blocks) * args.block_tokens
-    deferred = args.offload_mode in CAPTURED
-    return SchedulerLimits(
-        gpu_blocks=gpu_blocks,
-        host_blocks=args.host_kv_blocks,
-        block_tokens=args.block_tokens,
-        max_context_tokens=min(machine.spec.max_context_tokens, largest),
+    sizes = Sizes(
         max_batch_tokens=args.max_batch_tokens,
-        max_running=args.max_running_requests,
-        max_waiting_requests=1 << 20,
+        max_running_requests=args.max_running_requests,
+        host_kv_int8=args.host_kv_dtype == "int8",
+        offload_mode=args.offload_mode,
+        streamed_kv_blocks=args.streamed_kv_blocks,
+        block_tokens=args.block_tokens,
+    )
+    return Node(
+        profile=profile,
+        measured=read_model(profile.model),
+        spec=read_model(args.model),
+        sizes=sizes,
+        gpu_blocks=args.gpu_kv_blocks,
+        host_blocks=args.host_kv_blocks,
         offload=args.offload,
-        cohorts=machine.spec.layers + 1 if deferred else 0,
-        cohort_rows=HOST_ROWS if deferred else 0,
-        streamed_blocks=streams,
-        host_prefill=not deferred or streams > 0,
-        staged_prompts=streams > 0,
-        asymmetric=args.offload_mode == "asymmetric",
-        inline=False,
-        auto=args.offload_mode == "auto",
     )
 
 
@@ -79,13 +51,13 @@ def run(args: argparse.Namespace, workload: str) -> dict[str, Any]:
     """Figures of one workload. ValueError if it cannot be served."""
     if args.requests < 1:
         raise ValueError("requests must be at least 1")
-    machine = open_machine(args)
+    node = node_of(args)
     lengths = read_workload(workload, args.requests, args.seed)
     arrivals = [0.0] * len(lengths)
     if args.arrivals == "poisson":
         arrivals = poisson(len(lengths), args.rate, args.seed)
     began = time.perf_counter()
-    found = figures(simulate(machine, limits_of(args, machine), lengths, arrivals))
+    found = figures(simulate(node.machine(), node.limits(), lengths, arrivals))
     return {**found, "seconds_to_simulate": round(time.perf_counter() - began, 2)}
 
 

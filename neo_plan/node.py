@@ -8,6 +8,7 @@ import msgspec
 
 from gpu_service.model.spec import read_spec
 from gpu_service.pipeline.cuda.shapes import shape_table
+from gpu_service.pipeline.device_kv import without_staging
 from gpu_service.scheduling.limits import SchedulerLimits
 from neo_common.model_spec import ModelSpec
 from neo_plan.catalog import model_folder
@@ -16,7 +17,6 @@ from neo_plan.simulator.profile import Figure, Profile
 
 GIB = 1 << 30
 _ELEMENT_BYTES = 2
-BLOCK_TOKENS = 16
 HOST_ROWS = 16
 """Most host rows that start in a sweep, as in `gpu_service.pipeline.cuda.forward`, which imports
 Triton."""
@@ -31,14 +31,22 @@ SPARE_CORES = 2
 """That the cpu_service leaves to the engine and the front end."""
 
 
+CAPTURED = ("auto", "deferred")
+"""Modes whose host rows are in captured sweeps."""
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """How the services are configured."""
+    """How the services are configured; names and meanings are those of their settings."""
 
     max_batch_tokens: int = 8192
     max_running_requests: int = 256
     memory_utilization: float = 0.9
     host_kv_int8: bool = False
+    offload_mode: str = "auto"
+    streamed_kv_blocks: int = 0
+    """Without effect in modes that are not `CAPTURED`."""
+    block_tokens: int = 16
 
 
 @dataclass(frozen=True)
@@ -52,38 +60,57 @@ class Node:
     spec: ModelSpec
     sizes: Sizes
     gpu_blocks: int
-    """0: the model does not fit."""
+    """Staging included. 0: the model does not fit."""
     host_blocks: int
     """0: without offloading."""
+    offload: str = "auto"
 
     @property
     def longest(self) -> int:
         """Tokens of the longest request that it can hold, prompt and output."""
-        most = max(self.gpu_blocks, self.host_blocks) * BLOCK_TOKENS
+        most = max(self._gpu_blocks, self.host_blocks) * self.sizes.block_tokens
         return min(self.spec.max_context_tokens, most)
+
+    @property
+    def _captures(self) -> bool:
+        return self.sizes.offload_mode in CAPTURED
+
+    @property
+    def _streams(self) -> int:
+        return self.sizes.streamed_kv_blocks if self._captures else 0
+
+    @property
+    def _gpu_blocks(self) -> int:
+        return without_staging(self.gpu_blocks, self._streams, self.spec.layers)
 
     def machine(self) -> Machine:
         sizes = self.sizes
-        table = shape_table(
-            min(sizes.max_running_requests, sizes.max_batch_tokens), sizes.max_batch_tokens
+        max_running = min(sizes.max_running_requests, sizes.max_batch_tokens)
+        table = shape_table(max_running, sizes.max_batch_tokens)
+        return Machine(
+            self.profile, self.measured, self.spec, table, sizes.host_kv_int8, self._captures
         )
-        return Machine(self.profile, self.measured, self.spec, table, sizes.host_kv_int8)
 
     def limits(self) -> SchedulerLimits:
         """As `gpu_service.engine.build` makes them on a CUDA device."""
-        offloads = self.host_blocks > 0
+        sizes, streams = self.sizes, self._streams
         return SchedulerLimits(
-            gpu_blocks=self.gpu_blocks,
+            gpu_blocks=self._gpu_blocks,
             host_blocks=self.host_blocks,
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=sizes.block_tokens,
             max_context_tokens=self.longest,
-            max_batch_tokens=self.sizes.max_batch_tokens,
-            max_running=self.sizes.max_running_requests,
+            max_batch_tokens=sizes.max_batch_tokens,
+            max_running=sizes.max_running_requests,
             max_waiting_requests=1 << 20,
-            offload="auto" if offloads else "never",
-            cohorts=self.spec.layers + 1 if offloads else 0,
-            cohort_rows=HOST_ROWS if offloads else 0,
-            host_prefill=not offloads,
+            offload=self.offload,
+            cohorts=self.spec.layers + 1 if self._captures else 0,
+            cohort_rows=HOST_ROWS if self._captures else 0,
+            streamed_blocks=streams,
+            host_prefill=not self._captures or streams > 0,
+            staged_prompts=streams > 0,
+            asymmetric=sizes.offload_mode == "asymmetric",
+            inline=False,
+            auto=sizes.offload_mode == "auto",
         )
 
 
@@ -125,7 +152,7 @@ def gpu_blocks(memory_gib: float, spec: ModelSpec, sizes: Sizes) -> int:
     """Of the GPU tier's pool; 0 where the weights leave no room."""
     room = sizes.memory_utilization * memory_gib
     room -= weights_gib(spec) + buffers_gib(spec, sizes) + GRAPHS_GIB
-    return max(int(room * GIB / (spec.kv_bytes_per_token(_ELEMENT_BYTES) * BLOCK_TOKENS)), 0)
+    return max(int(room * GIB / (spec.kv_bytes_per_token(_ELEMENT_BYTES) * sizes.block_tokens)), 0)
 
 
 def host_blocks(host_gib: float, spec: ModelSpec, sizes: Sizes) -> int:
@@ -133,7 +160,7 @@ def host_blocks(host_gib: float, spec: ModelSpec, sizes: Sizes) -> int:
     # int8 with a scale of 4 bytes for each token and head of K and of V.
     int8 = spec.kv_bytes_per_token(1) + 8 * spec.layers * spec.kv_heads
     token = int8 if sizes.host_kv_int8 else spec.kv_bytes_per_token(_ELEMENT_BYTES)
-    return max(int(room / (token * BLOCK_TOKENS)), 0)
+    return max(int(room / (token * sizes.block_tokens)), 0)
 
 
 def with_cores(profile: Profile, cores: int) -> Profile:

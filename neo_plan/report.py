@@ -10,7 +10,6 @@ from neo_client.prices import PriceFile
 from neo_plan.advice import Advice
 from neo_plan.demand import Demand
 from neo_plan.fleet import FleetRow, FleetWishes, as_rows
-from neo_plan.node import BLOCK_TOKENS
 from neo_plan.search import Found, Goal, Kind
 from neo_plan.trial import Trial
 
@@ -45,7 +44,7 @@ def answer(
 
 def sizes(kind: Kind) -> str:
     node, price = kind.node, kind.price
-    gpu, host = (blocks * BLOCK_TOKENS for blocks in (node.gpu_blocks, node.host_blocks))
+    gpu, host = (n * node.sizes.block_tokens for n in (node.gpu_blocks, node.host_blocks))
     beside = f", {host:,} on the host" if kind.offloads else ""
     memory = f"{price.cores} cores, {price.host_gib:g} GiB"
     return f"each: {memory}; KV for {gpu:,} tokens on the GPU{beside}"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from neo_client.prices import MachinePrice
 from neo_client.workloads import Lengths
 from neo_plan.demand import Demand
-from neo_plan.node import BLOCK_TOKENS, Node
+from neo_plan.node import Node
 from neo_plan.trial import Trial, capacity, run
 
 MAX_REPLICAS = 10_000
@@ -157,7 +157,7 @@ class Search:
         least, most = CAPACITY_REQUESTS
         sample = self.demand.sample(least)
         tokens = sum(each.prompt + each.output for each in sample) / len(sample)
-        room = (node.gpu_blocks + node.host_blocks) * BLOCK_TOKENS / tokens
+        room = (node.gpu_blocks + node.host_blocks) * node.sizes.block_tokens / tokens
         slots = min(room, node.sizes.max_running_requests)
         return self.demand.sample(int(min(max(4 * slots, least), most)))
 

@@ -81,8 +81,8 @@ def test_more_host_memory_never_lowers_throughput() -> None:
 
 def run(rates_factor: float = 1.0) -> tuple[Trace, Machine, Any]:
     """A run whose first idea of the host is wrong by a factor."""
-    args = command.parser().parse_args(f"{SMALL} {HOST}".split())
-    machine = command.open_machine(args)
+    node = command.node_of(command.parser().parse_args(f"{SMALL} {HOST}".split()))
+    machine = node.machine()
     right = machine.start_rates()
 
     class Mistaken(Machine):
@@ -93,9 +93,7 @@ def run(rates_factor: float = 1.0) -> tuple[Trace, Machine, Any]:
     machine.__class__ = Mistaken
     lengths = read_workload("500x100", 120)
     seen: list[Any] = []
-    trace = simulate(
-        machine, command.limits_of(args, machine), lengths, [0.0] * len(lengths), seen.append
-    )
+    trace = simulate(machine, node.limits(), lengths, [0.0] * len(lengths), seen.append)
     return trace, machine, seen[0]
 
 
@@ -197,9 +195,8 @@ def test_what_has_begun_ends_only_where_it_costs() -> None:
 def test_six_requests_share_the_tiers_as_well_as_any_fixed_split() -> None:
     """Against each way to have some of them on the host tier from their start to their end."""
     options = "--model tiny --gpu-kv-blocks 24 --host-kv-blocks 200 --offload-mode deferred"
-    args = command.parser().parse_args(options.split())
-    machine = command.open_machine(args)
-    bounds = command.limits_of(args, machine)
+    node = command.node_of(command.parser().parse_args(options.split()))
+    machine, bounds = node.machine(), node.limits()
     lengths = [Lengths(60 + 40 * (i % 3), 40 + 30 * (i % 2)) for i in range(6)]
     times = []
     for on_host in itertools.product((False, True), repeat=6):

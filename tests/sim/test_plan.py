@@ -23,7 +23,9 @@ from neo_plan.command import EXAMPLE
 from neo_plan.demand import Demand, busiest, demand_of, thinned
 from neo_plan.node import Node, Sizes, gpu_blocks, make_node, read_model, weights_gib, with_cores
 from neo_plan.search import FULL_SHARE, Goal, Kind, Search
+from neo_plan.simulator.figures import figures
 from neo_plan.simulator.profile import PROFILES, read_profile
+from neo_plan.simulator.run import Trace, simulate
 from neo_plan.trial import Trial, capacity, run
 
 H100 = read_profile("h100-16c.json")
@@ -52,6 +54,38 @@ def test_capacity_is_within_a_tenth_of_what_was_measured(
     node = replace(node, gpu_blocks=blocks or node.gpu_blocks)
     found = capacity(node, read_workload(workload, requests, 0))
     assert found == pytest.approx(measured, rel=0.1)
+
+
+H200 = read_profile("h200.json")
+
+
+def h200(offload: bool, **sizes: Any) -> Node:
+    """As measured: `--gpu-kv-blocks 1650`, and 21 GiB of host KV."""
+    node = make_node(
+        H200, LLAMA3, cores=16, host_gib=128, offload=offload,
+        sizes=Sizes(max_running_requests=192, **sizes),
+    )  # fmt: skip
+    blocks = (21 << 30) // (LLAMA3.kv_bytes_per_token(2) * 16)
+    return replace(node, gpu_blocks=1650, host_blocks=blocks if offload else 0)
+
+
+def test_a_datasheet_against_a_machine_that_was_measured_later() -> None:
+    """docs/perf-log.md, Deferred attention on a GPU: one H200, whose profile knew nothing of it."""
+    found = figures(simulated(h200(False), 250))
+    assert found["requests_per_second"] == pytest.approx(13.78, rel=0.1)
+
+
+@pytest.mark.slow
+def test_offloading_on_that_machine() -> None:
+    """In deferred mode, as measured."""
+    node = h200(True, max_batch_tokens=192, offload_mode="deferred")
+    found = figures(simulated(node, 1500))
+    assert found["requests_per_second"] == pytest.approx(15.13, rel=0.1)
+
+
+def simulated(node: Node, requests: int) -> Trace:
+    lengths = read_workload("1000x200", requests, 0)
+    return simulate(node.machine(), node.limits(), lengths, [0.0] * requests)
 
 
 def test_the_pool_of_the_measured_machine() -> None:

@@ -77,7 +77,7 @@ def plan(
 
 
 def make(module: ModuleType = machine_module, options: str = CASE_A) -> Machine:
-    made = command.open_machine(command.parser().parse_args(options.split()))
+    made = command.node_of(command.parser().parse_args(options.split())).machine()
     int8 = "int8" in options
     found: Machine = module.Machine(made.profile, made.spec, made.spec, made.table, int8)
     return found
@@ -132,9 +132,9 @@ def test_costs_at_start_are_those_of_the_sweeps() -> None:
 
 def test_other_models_cost_in_proportion() -> None:
     small, large = (
-        command.open_machine(
+        command.node_of(
             command.parser().parse_args(f"--gpu-kv-blocks 9 --model {name}".split())
-        )
+        ).machine()
         for name in ("llama3-8b", "llama3-70b")
     )
     ratio = large.sweep(plan(1, 16), ()).total / small.sweep(plan(1, 16), ()).total

@@ -28,13 +28,13 @@ JOINABLE = frozenset({"/neo.v1.InferenceService/GenerateStream"})
 """Methods whose answers may be joined."""
 MAX_BYTES = 16 << 10
 """Held back for one stream; more leaves at once, and while its write waits nothing more is read."""
-INTERVAL_SECONDS = 0.05
+INTERVAL_SECONDS = 0.1
 BUSY = 0.85
 """Part of the time that the thread runs or waits for a CPU: above, messages are held longer."""
 IDLE = 0.6
 """Below, shorter."""
-FIRST_HOLD_SECONDS = 0.002
-STEP = 1.5
+FIRST_HOLD_SECONDS = 0.0025
+STEP = 2.0
 
 
 def busy_clock() -> Callable[[], float]:

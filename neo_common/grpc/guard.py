@@ -60,6 +60,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self.live = 0
         self.idle = asyncio.Event()
         self.idle.set()
+        self._wrapped: dict[str, tuple[Any, Any]] = {}  # method -> its handler, and that in ours
 
     async def intercept_service(
         self,
@@ -70,6 +71,13 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None:
             return None
         method = details.method
+        known, wrapped = self._wrapped.get(method, (None, None))
+        if known is not handler:  # asked for each call, and the same for all but tests
+            wrapped = self._wrap(method, handler)
+            self._wrapped[method] = (handler, wrapped)
+        return wrapped
+
+    def _wrap(self, method: str, handler: Any) -> Any:
         if handler.response_streaming:
             stream = handler.stream_stream if handler.request_streaming else handler.unary_stream
             wrap: Any = grpc.unary_stream_rpc_method_handler

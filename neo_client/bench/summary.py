@@ -52,6 +52,8 @@ def headlines(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"[yellow]interrupted: {result['unfinished']} requests did not end[/]")
     for text in result["client"]["load"]["limits"]:
         lines.append(f"[yellow]the load generator was at its limit: {escape(text)}[/]")
+    if "agreement_problem" in result["server"]:
+        lines.append(f"[yellow]not compared: {escape(result['server']['agreement_problem'])}[/]")
     for row in disagreements(result):
         lines.append(f"[yellow]{escape(row)}[/]")
     return lines

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -120,15 +121,27 @@ class Bench:
                 interrupted=interrupted,
             )  # fmt: skip
             if given.metrics_url:
-                after = await scrape(given.metrics_url)
-                result["server"]["agreement"] = agreement(before, after, driver.samples)
+                result["server"].update(await self._agreement(before, driver))
         return result
 
+    async def _agreement(self, before: Counter[str], driver: Driver) -> dict[str, Any]:
+        """Minutes of load are not thrown away because a server no longer says what it counted."""
+        try:
+            after = await scrape(self._arguments.metrics_url)
+        except ValueError as error:
+            return {"agreement_problem": str(error)}
+        return {"agreement": agreement(before, after, driver.samples)}
+
     def _fit(self, limit: int) -> tuple[list[Session] | Iterator[Session], int]:
-        if not isinstance(self._sessions, list) or not limit:
+        if not isinstance(self._sessions, list):
             return self._sessions, 0
         given = self._arguments
-        return fitted(self._sessions, limit, self._wishes.prefix_tokens, given.too_long)
+        kept, changed = self._sessions, 0
+        if limit:
+            kept, changed = fitted(kept, limit, self._wishes.prefix_tokens, given.too_long)
+        if given.warmup >= len(kept):
+            raise ValueError(f"warmup leaves out all of the {len(kept)} sessions")
+        return kept, changed
 
     async def _about_server(self, model: str) -> dict[str, Any]:
         given = self._arguments

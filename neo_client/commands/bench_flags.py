@@ -9,7 +9,7 @@ from typing import Any
 
 from neo_client.bench.figures import TARGETS
 from neo_client.bench.load import DEFAULT_REQUESTS, Wishes
-from neo_client.commands.flags import add_connection
+from neo_client.commands.flags import add_connection, target_of
 from neo_client.options import PLACEMENTS
 from neo_client.prices import Fleet, fleet_of, read_prices
 
@@ -133,7 +133,7 @@ def _add_requests(parser: argparse.ArgumentParser) -> None:
 def _add_results(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results")
     group.add_argument(
-        "--target", action="append", default=[], type=_target, metavar="NAME=MS",
+        "--target", action="append", default=[], type=target_of(TARGETS), metavar="NAME=MS",
         help=f"goodput: requests that meet all of these; NAME is {', '.join(TARGETS)} (the longest "
         "gap); repeatable",
     )  # fmt: skip
@@ -243,16 +243,3 @@ def _prefix(text: str) -> tuple[int, int]:
         return int(tokens), int(count or 1)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be TOKENS or TOKENS:K, not {text!r}") from None
-
-
-def _target(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        limit = float(value)
-    except ValueError:
-        limit = 0.0
-    if name not in TARGETS or limit <= 0:
-        raise argparse.ArgumentTypeError(
-            f"must be NAME=MS with a name of {', '.join(TARGETS)}, not {text!r}"
-        )
-    return name, limit

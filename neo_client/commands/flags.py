@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,21 @@ def connection_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def connection_of(arguments: argparse.Namespace) -> Connection:
     """Raises ValueError."""
     return Connection(**connection_settings(arguments))
+
+
+def target_of(names: Sequence[str]) -> Callable[[str], tuple[str, float]]:
+    """A type for flags like `ttft=500`: one of `names`, and milliseconds."""
+
+    def target(text: str) -> tuple[str, float]:
+        name, _, value = text.partition("=")
+        try:
+            limit = float(value)
+        except ValueError:
+            limit = 0.0
+        if name not in names or limit <= 0:
+            raise argparse.ArgumentTypeError(
+                f"must be NAME=MS with a name of {', '.join(names)}, not {text!r}"
+            )
+        return name, limit
+
+    return target

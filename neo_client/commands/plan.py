@@ -8,6 +8,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from neo_client.commands.flags import target_of
+
 TARGETS = ("ttft", "tpot", "e2e")
 DESCRIPTION = (
     "Simulates a replica of each kind of machine in a price file with the engine's own scheduler, "
@@ -54,7 +56,7 @@ def _add_demand(parser: argparse.ArgumentParser) -> None:
         help="CSV trace with lengths instead; azure_conv_2023 comes with neo",
     )  # fmt: skip
     group.add_argument(
-        "--target", action="append", default=[], type=_target, metavar="NAME=MS",
+        "--target", action="append", default=[], type=target_of(TARGETS), metavar="NAME=MS",
         help=f"{', '.join(TARGETS)}; repeatable (default: ttft=2000 and tpot=100)",
     )  # fmt: skip
     group.add_argument(
@@ -151,19 +153,6 @@ def run(arguments: argparse.Namespace) -> int:
             "pip install 'neo-serving[engine]'"
         ) from None
     return int(getattr(command, arguments.function)(arguments))
-
-
-def _target(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        limit = float(value)
-    except ValueError:
-        limit = 0.0
-    if name not in TARGETS or limit <= 0:
-        raise argparse.ArgumentTypeError(
-            f"must be NAME=MS with a name of {', '.join(TARGETS)}, not {text!r}"
-        )
-    return name, limit
 
 
 def _numbers(text: str) -> tuple[int, ...]:

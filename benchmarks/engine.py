@@ -17,8 +17,8 @@ import json
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,39 +161,50 @@ def _decode_times(phases: Phases) -> dict[int, float]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="llama3-8b", help="of neo_plan/models, or a path")
-    parser.add_argument("--load-format", default="dummy")
-    parser.add_argument("--quantization", default="auto")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--gpu-kv-blocks", type=int, default=0)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--max-batch-tokens", type=int, default=0)
-    parser.add_argument("--max-running-requests", type=int, default=256)
-    parser.add_argument("--workload", action="append", help="INxOUT or lengths; repeatable")
-    parser.add_argument(
+    made.add_argument("--model", default="llama3-8b", help="of neo_plan/models, or a path")
+    made.add_argument("--load-format", default="dummy")
+    made.add_argument("--quantization", default="auto")
+    made.add_argument("--device", default="auto")
+    made.add_argument("--dtype", default="auto")
+    made.add_argument("--gpu-kv-blocks", type=int, default=0)
+    made.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    made.add_argument("--max-batch-tokens", type=int, default=0)
+    made.add_argument("--max-running-requests", type=int, default=256)
+    made.add_argument("--workload", action="append", help="INxOUT or lengths; repeatable")
+    made.add_argument(
         "--sampling", action="append", help='such as {"temperature": 0.8}; repeatable; {} is greedy'
     )
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--offload", default="never", choices=("never", "auto", "always"))
-    parser.add_argument(
+    made.add_argument("--requests", type=int, default=200)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--offload", default="never", choices=("never", "auto", "always"))
+    made.add_argument(
         "--offload-mode", default="auto", choices=("auto", "inline", "deferred", "asymmetric")
     )
-    parser.add_argument("--host-kv-gib", type=float, default=8.0)
-    parser.add_argument("--host-kv-dtype", default="auto")
-    parser.add_argument("--streamed-kv-blocks", type=int, default=0)
-    parser.add_argument("--cpu-threads", type=int, default=0, help="0: all cores but two")
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    return parser
+    made.add_argument("--host-kv-gib", type=float, default=8.0)
+    made.add_argument("--host-kv-dtype", default="auto")
+    made.add_argument("--streamed-kv-blocks", type=int, default=0)
+    made.add_argument("--cpu-threads", type=int, default=0, help="0: all cores but two")
+    made.add_argument("--json", type=Path, help="write all figures here")
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
+    with open_engine(args) as core:
+        figures = _measure(args, core)
+    if args.json:
+        options = {k: str(v) for k, v in vars(args).items()}
+        found = {"machine": fingerprint(), "options": options, "figures": figures}
+        args.json.write_text(json.dumps(found, indent=1))
+
+
+@contextmanager
+def open_engine(args: argparse.Namespace) -> Iterator[EngineCore]:
+    """As the options of `parser` say, with a cpu_service where there is a host tier."""
     with ExitStack() as stack:
         folder = stack.enter_context(model_folder(args.model))
         services: tuple[str, ...] = ()
@@ -220,12 +231,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         began = time.perf_counter()
         built = build_core(config, _progress)
         print(f"ready after {time.perf_counter() - began:.1f} s: {built.ready}", file=sys.stderr)
-        figures = _measure(args, built.core)
-        built.core.close()
-    if args.json:
-        options = {k: str(v) for k, v in vars(args).items()}
-        found = {"machine": fingerprint(), "options": options, "figures": figures}
-        args.json.write_text(json.dumps(found, indent=1))
+        try:
+            yield built.core
+        finally:
+            built.core.close()
 
 
 def _measure(args: argparse.Namespace, core: EngineCore) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class EpochStats:
     """How often the worker went to sleep for want of work; shm alone."""
     backlog: int = 0
     """Layers submitted and not done; shm alone."""
+    layer_seconds: float = 0.0
+    """From when a layer was taken up until it was done; those taken up together overlap."""
     layers: tuple[int, ...] = (0,) * (len(LAYER_BOUNDS_SECONDS) + 1)
     """Attended, by their time: up to each bound, then the rest."""
 

@@ -181,6 +181,7 @@ class GrpcEpoch:
             rows=old.rows + len(lengths),
             kv_bytes_read=old.kv_bytes_read + tokens * token_bytes,
             busy_seconds=old.busy_seconds + seconds,
+            layer_seconds=old.layer_seconds + seconds,
             layers=tuple(layers),
         )
         self._last_sweep = step.sweep

@@ -54,8 +54,8 @@ class SessionCollector(Collector):
 
 
 def _layers(totals: EpochStats) -> Metric:
-    text = "Attention of one layer of one sweep."
+    text = "One layer of one sweep, from when it is taken up until it is done."
     family = HistogramMetricFamily("neo_host_attention_seconds", text)
     buckets = cumulative(LAYER_BOUNDS_SECONDS, totals.layers)
-    family.add_metric([], buckets, sum_value=totals.busy_seconds)
+    family.add_metric([], buckets, sum_value=totals.layer_seconds)
     return family

@@ -291,6 +291,9 @@ class WorkerStats:
     """How often the worker went to sleep for want of work."""
     backlog: int
     """Layers that have been rung for and are not done."""
+    layer_seconds: float
+    """From when a layer was taken up until it was done, of all layers; those that are taken up
+    together overlap."""
     layers: tuple[int, ...]
     """Attended with rows, by their time; see `LAYER_BOUNDS_SECONDS`."""
 
@@ -327,10 +330,10 @@ class Worker:
         self._native.stop()
 
     def stats(self) -> WorkerStats:
-        sweeps, rows, kv_bytes, busy_ns, waits, wait_us, parks, backlog, layers = (
+        sweeps, rows, kv_bytes, busy_ns, waits, wait_us, parks, backlog, layer_ns, layers = (
             self._native.stats()
         )
         return WorkerStats(
             sweeps, rows, kv_bytes, busy_ns / 1e9, waits, wait_us / 1e6, parks, backlog,
-            tuple(layers),
+            layer_ns / 1e9, tuple(layers),
         )  # fmt: skip

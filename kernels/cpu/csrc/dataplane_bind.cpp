@@ -139,7 +139,7 @@ void bind_worker(py::module_& m) {
       .def("stats", [](const Worker& self) {
         const WorkerStats stats = self.stats();
         return std::make_tuple(stats.sweeps, stats.rows, stats.kv_bytes_read, stats.busy_ns, stats.waits, stats.wait_us,
-                               stats.parks, stats.backlog, stats.layers);
+                               stats.parks, stats.backlog, stats.layer_ns, stats.layers);
       });
 }
 

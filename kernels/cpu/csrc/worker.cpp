@@ -72,6 +72,7 @@ void Worker::stop() {
 WorkerStats Worker::stats() const {
   WorkerStats stats{sweeps_.load(), rows_.load(),    kv_bytes_.load(), busy_ns_.load(),
                     waits_.load(),  wait_us_.load(), parks_.load(),    backlog()};
+  stats.layer_ns = layer_ns_.load();
   std::transform(layers_.begin(), layers_.end(), stats.layers.begin(), [](const auto& count) { return count.load(); });
   return stats;
 }
@@ -94,6 +95,7 @@ uint32_t Worker::backlog() const {
 }
 
 void Worker::count(int64_t layer_ns) {
+  layer_ns_.fetch_add(layer_ns, std::memory_order_relaxed);
   const auto bucket = std::lower_bound(kLayerBoundsUs.begin(), kLayerBoundsUs.end(), layer_ns / 1000);
   layers_[bucket - kLayerBoundsUs.begin()].fetch_add(1, std::memory_order_relaxed);
 }

@@ -33,10 +33,11 @@ struct WorkerStats {
   uint64_t rows = 0;  // rows times layers
   uint64_t kv_bytes_read = 0;
   uint64_t busy_ns = 0;
-  uint64_t waits = 0;                                        // for a doorbell, in the middle of a sweep
-  uint64_t wait_us = 0;                                      // what they took
-  uint64_t parks = 0;                                        // futex waits, in sweeps or between them
-  uint32_t backlog = 0;                                      // layers that have been rung for and are not done, now
+  uint64_t waits = 0;     // for a doorbell, in the middle of a sweep
+  uint64_t wait_us = 0;   // what they took
+  uint64_t parks = 0;     // futex waits, in sweeps or between them
+  uint32_t backlog = 0;   // layers that have been rung for and are not done, now
+  uint64_t layer_ns = 0;  // from when a layer was taken up until it was done, of all layers: they overlap
   std::array<uint64_t, kLayerBoundsUs.size() + 1> layers{};  // attended, by their time
 };
 
@@ -101,6 +102,7 @@ class Worker {
   std::atomic<uint64_t> waits_{0};
   std::atomic<uint64_t> wait_us_{0};
   std::atomic<uint64_t> parks_{0};
+  std::atomic<uint64_t> layer_ns_{0};
   std::array<std::atomic<uint64_t>, kLayerBoundsUs.size() + 1> layers_{};
 };
 

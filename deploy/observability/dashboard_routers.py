@@ -50,13 +50,15 @@ FLEET = Dashboard(
                     stacked=True,
                 ),
                 Panel(
-                    "Retries",
+                    "Second tries",
                     (
-                        Query(f"sum({rate('neo_router_retries_total', ROUTER)})", "made"),
+                        Query(f"sum({rate('neo_router_retries_total', ROUTER)})", "retries"),
                         Query(
                             f"sum({rate('neo_router_retries_over_budget_total', ROUTER)})",
-                            "over budget",
+                            "retries over budget",
                         ),
+                        Query(f"sum({rate('neo_router_hedges_total', ROUTER)})", "hedges"),
+                        Query(f"sum({rate('neo_router_ejections_total', ROUTER)})", "ejections"),
                     ),
                     unit="reqps",
                 ),

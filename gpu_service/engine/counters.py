@@ -7,7 +7,7 @@ from bisect import bisect_left
 
 from gpu_service.engine.messages import ITERATION_TOKEN_BOUNDS, EngineCounters, Foresight
 from gpu_service.scheduling.decision import Decision
-from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult, Tier
+from gpu_service.scheduling.plan import IterationPlan, Migration, Mode, SweepResult, Tier
 from gpu_service.scheduling.steering import Steering
 
 SEND_SECONDS = 0.1
@@ -26,6 +26,11 @@ def mode_name(plan: IterationPlan) -> str:
         if batch.host_decode or batch.streamed or any(r.tier is Tier.HOST for r in batch.prefill):
             return str(plan.mode.value)
     return GPU_ONLY
+
+
+def direction_of(migration: Migration) -> str:
+    """How metrics and traces call it."""
+    return REUSE if migration.reuse else DIRECTIONS[migration.target]
 
 
 def foresight(steering: Steering) -> Foresight | None:
@@ -91,7 +96,7 @@ class WorkCounters:
                 size -= len(batch.host_decode)  # in the dense layers when they land, too
         for migration in plan.migrations:
             if migration.key not in result.lost:
-                direction = REUSE if migration.reuse else DIRECTIONS[migration.target]
+                direction = direction_of(migration)
                 self._moved_tokens[direction] += migration.tokens
                 self._moved_blocks[direction] += len(migration.source_blocks)
         self._sizes[bisect_left(ITERATION_TOKEN_BOUNDS, size)] += 1

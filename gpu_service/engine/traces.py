@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from gpu_service.engine.counters import DIRECTIONS, mode_name
+from gpu_service.engine.counters import direction_of, mode_name
 from gpu_service.engine.messages import Mark, RequestUsage
 from gpu_service.scheduling.plan import IterationPlan, SweepResult
 from gpu_service.scheduling.request import Request
@@ -89,7 +89,7 @@ class RequestTraces:
         for migration in plan.migrations:
             if trace := self._choices.get(migration.key):
                 trace.end_stretch(migration.key)
-                direction = DIRECTIONS[migration.target]
+                direction = direction_of(migration)
                 trace.add("move", start, start, to=direction, tokens=migration.tokens)
         rows = sum(batch.tokens for batch in plan.batches)
         for batch in plan.batches:

@@ -58,7 +58,10 @@ FLEET = Dashboard(
                             "retries over budget",
                         ),
                         Query(f"sum({rate('neo_router_hedges_total', ROUTER)})", "hedges"),
-                        Query(f"sum({rate('neo_router_ejections_total', ROUTER)})", "ejections"),
+                        Query(
+                            f"sum({rate('neo_router_ejections_total', ROUTER)}) or vector(0)",
+                            "ejections",
+                        ),
                     ),
                     unit="reqps",
                 ),

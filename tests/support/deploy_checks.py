@@ -214,6 +214,8 @@ def connected(manifests: Sequence[Manifest]) -> Iterator[str]:
         listening = {config.metrics_port, int(config.health_listen.rpartition(":")[2])}
         if not is_loopback(config.listen):
             listening.add(int(config.listen.rpartition(":")[2]))
+        if http := getattr(config, "http_listen", ""):
+            listening.add(int(http.rpartition(":")[2]))
         if declared != listening:
             yield f"{container.name} declares ports {declared} and listens on {listening}"
     by_name = {c.name: config for c, config in services(manifests)}

@@ -56,6 +56,6 @@ async def test_it_installs_and_calls_without_torch(tmp_path: Path) -> None:
     async with fake_backends(1) as (a,):
         said = await asyncio.to_thread(run, python, tmp_path / "script.py", a.address)
     assert said.split() == ["a0", "a1", "a2", "a"]
-    assert "neo generate" in await asyncio.to_thread(run, tmp_path / "venv/bin/neo", "--help")
+    assert "generate" in await asyncio.to_thread(run, tmp_path / "venv/bin/neo", "--help")
     for service in ("router", "cpu_service"):
         await asyncio.to_thread(run, python, "-m", service, "--help")

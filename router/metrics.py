@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -151,6 +151,8 @@ class RouterMetrics:
             for each in BackendState:
                 self.state.remove(gone, each.value)
             self.in_flight.remove(gone)
+            with suppress(KeyError):  # it had no calls
+                self.attempts.remove(gone)
         self._shown = {backend.address for backend in backends}
         for backend in backends:
             state, _ = backend.assess(now)

@@ -21,11 +21,11 @@ class Rate:
         self._amount = 0.0
         self._seconds = 0.0
 
-    def observe(self, amount: float, seconds: float) -> None:
+    def observe(self, amount: float, seconds: float, weight: float = 1.0) -> None:
         """So much came in `seconds`."""
         keep = max(0.0, 1.0 - seconds / RATE_SECONDS)
-        self._amount = keep * self._amount + amount
-        self._seconds = keep * self._seconds + seconds
+        self._amount = keep * self._amount + weight * amount
+        self._seconds = keep * self._seconds + weight * seconds
 
     @property
     def per_second(self) -> float:
@@ -45,7 +45,9 @@ class LoadRates:
         """One iteration took `seconds`. given_back: KV tokens since the engine started."""
         prompts = sum(len(row.token_ids) for batch in plan.batches for row in batch.prefill)
         if prompts:
-            self._prompts.observe(prompts, seconds)
+            # By their tokens: a short prompt takes a whole sweep, too, and says little of how long
+            # a queue of others would take.
+            self._prompts.observe(prompts, seconds, weight=prompts)
         for tier, rate in self._freed.items():
             rate.observe(given_back[tier] - self._given_back[tier], seconds)
         self._given_back = dict(given_back)

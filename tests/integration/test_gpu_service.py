@@ -338,6 +338,10 @@ async def test_drain_rpc_then_sigterm(tmp_path: Path, model: Path) -> None:
             engine: Any = engine_pb2_grpc.EngineServiceStub(channel)
             stream = inference.GenerateStream(request(max_tokens=900))
             await stream.read()
+            load = await load_of(channel)
+            assert list(load.models) == ["tiny"]
+            assert load.prompt_tokens_per_second > 0
+            assert load.gpu.token_seconds > 0
             assert (await engine.Drain(engine_pb2.DrainRequest())).live_requests == 1
             code, details = await fails(inference.Generate(request()))
             assert (code, details.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")

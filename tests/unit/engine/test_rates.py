@@ -39,3 +39,11 @@ def test_prompts_count_in_iterations_with_prompts_and_kv_in_all() -> None:
     assert rates.prompt_tokens_per_second == pytest.approx(200)
     assert rates.freed_tokens_per_second(Tier.GPU) == pytest.approx(100, rel=0.2)
     assert rates.freed_tokens_per_second(Tier.HOST) == 0
+
+
+def test_short_prompts_do_not_make_an_engine_look_slow() -> None:
+    rates, given_back = LoadRates(), dict.fromkeys(Tier, 0)
+    rates.observe(plan(1000), given_back, 0.05)
+    for _ in range(20):
+        rates.observe(plan(5), given_back, 0.01)
+    assert rates.prompt_tokens_per_second > 15_000

@@ -103,7 +103,7 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
     limits, decision = state.limits, state.decision
     room = limits.streamed_blocks - _prompts_share(state, ready)
     if decision is not None:
-        room = min(room, blocks_for(round(decision.streamed_tokens), limits.block_tokens))
+        room = min(room, _streamed_room(decision.streamed_tokens, host, limits.block_tokens))
     streams = streamed(host, room, limits.block_tokens, state.host_sweep_ms)
     if decision is not None or limits.cohorts:
         going = streams | _host_rows(state, host, streams)
@@ -115,6 +115,15 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
             return
         if not choice.is_decoding and choice.tier and batch.has_room(choice, choice.tier):
             batch.add(choice)
+
+
+def _streamed_room(tokens: float, host: Sequence[Choice], block_tokens: int) -> int:
+    """Blocks for what was decided, an average of many: at least the shortest choice's, or the last
+    few of them might neither stream nor be worth a promotion, and wait for ever."""
+    if not tokens or not host:
+        return 0
+    shortest = min(choice.length for choice in host)
+    return blocks_for(max(round(tokens), shortest), block_tokens)
 
 
 def _prompts_share(state: SchedulerState, ready: Sequence[Choice]) -> int:

@@ -30,6 +30,9 @@ LEAST_GAIN = 0.01
 by: a smaller gain is not known to be one. It ends where it promises none."""
 
 
+_HOST_ALONE = "some may be on the host tier alone"
+
+
 @dataclass(frozen=True)
 class Ways:
     """What this engine can do."""
@@ -57,6 +60,9 @@ def decide(
     if not demand.queued and not must_offload:
         return replace(alone, why="all fit on the GPU tier")
     candidates = list(_candidates(demand, predictor, limits))
+    if not candidates and must_offload:
+        # The last ones there, too large for the GPU tier.
+        return replace(alone, way=_any_way(limits), host_rows=1.0, why=_HOST_ALONE)
     if not candidates:
         return replace(alone, why="the host tier has room for nobody, or nobody may go there")
     best = max(
@@ -69,9 +75,14 @@ def decide(
         gain = best.rate / alone.rate - 1 if alone.rate else 0.0
         return replace(best, why=f"{best.way} promises {gain:.1%} more than the GPU alone")
     if must_offload:
-        return replace(best, resident_tokens=0.0, why="some may be on the host tier alone")
+        return replace(best, resident_tokens=0.0, why=_HOST_ALONE)
     gain = best.rate / alone.rate - 1 if alone.rate else 0.0
     return replace(alone, why=f"{best.way}, the best with the host, promises {gain:.1%}")
+
+
+def _any_way(limits: SchedulerLimits) -> str:
+    ways = ways_of(limits)
+    return DEFERRED if ways.deferred else INLINE if ways.inline else ASYMMETRIC
 
 
 def _candidates(

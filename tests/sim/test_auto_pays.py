@@ -69,6 +69,16 @@ def test_auto_pays(options: str, workload: str, kind: str) -> None:
     check_pays(f"{options} --host-kv-dtype {kind}", workload, "deferred")
 
 
+@pytest.mark.parametrize("staging", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_the_last_ones_on_the_host_go_on(staging: int) -> None:
+    """On a card with room for one prompt: they may be too near to their end to be promoted, and
+    fewer than a sweep was planned for; or too large for the GPU tier, and nobody else is left."""
+    requests = 120 if staging == 40 else 600
+    options = f"{B} --requests {requests} --streamed-kv-blocks {staging}"
+    never = f"{B} --requests 60 --offload never"
+    assert throughput(options, "osc_lengths") > 1.5 * throughput(never, "osc_lengths")
+
+
 def test_more_host_memory_never_lowers_throughput() -> None:
     found = [
         throughput(f"{SMALL} --requests 120 --host-kv-blocks {blocks}", "500x100")

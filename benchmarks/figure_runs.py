@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from benchmarks import simulate as command
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import SamplingSpec, Submit
 from neo_client.workloads import Lengths
-from neo_plan.simulator.profile import Figure
+from neo_plan.node import SPARE_CORES, with_cores
 from neo_plan.simulator.run import simulate
 
 WARM_UP = [Lengths(64, 8)] * 8
@@ -57,7 +58,7 @@ class Runs(Protocol):
 
 
 class SimulatedRuns:
-    """On a profile. The memory's rate grows with threads as on the profile's machine."""
+    """On a profile, whose CPU is replaced by one with so many cores for its attention."""
 
     simulated = True
 
@@ -76,34 +77,18 @@ class SimulatedRuns:
         options += ["--gpu-kv-blocks", str(case.gpu_kv_blocks)]
         options += ["--host-kv-dtype", case.host_kv_dtype]
         options += ["--max-running-requests", str(case.max_running_requests)]
-        args = command.parser().parse_args(options)
-        machine = command.open_machine(args)
+        node = command.node_of(command.parser().parse_args(options))
         if offload:
-            token_bytes = machine.host_kv_token_bytes
-            args.host_kv_blocks = int(case.host_kv_gib * (1 << 30) / token_bytes / 16)
+            block_bytes = node.machine().host_kv_token_bytes * node.sizes.block_tokens
+            node = dataclasses.replace(
+                node, host_blocks=int(case.host_kv_gib * (1 << 30) / block_bytes)
+            )
         if threads:
-            machine = machine.with_read_gbps(read_gbps(threads))
-        trace = simulate(machine, command.limits_of(args, machine), lengths, arrivals)
+            profile = with_cores(node.profile, threads + SPARE_CORES)
+            node = dataclasses.replace(node, profile=profile)
+        trace = simulate(node.machine(), node.limits(), lengths, arrivals)
         lives = trace.lives
         return Outcome(trace.seconds, [(x.tokens[-1] - x.arrival) / len(x.tokens) for x in lives])
-
-
-_READ_GBPS = {1: 12.0, 2: 24.0, 4: 46.0, 8: 83.0, 12: 126.0, 14: 139.0}
-"""Memory reads of the reference host by threads; its memory gives no more."""
-
-
-def read_gbps(threads: int) -> Figure:
-    """Linear between what was measured, and in proportion beyond: a host with more cores has more
-    channels."""
-    known = sorted(_READ_GBPS)
-    if threads >= known[-1]:
-        value = _READ_GBPS[known[-1]] * threads / known[-1]
-    else:
-        right = next(i for i, count in enumerate(known) if count > threads)
-        low, high = known[max(right - 1, 0)], known[right]
-        part = (threads - low) / (high - low) if high > low else 1.0
-        value = _READ_GBPS[low] + part * (_READ_GBPS[high] - _READ_GBPS[low])
-    return Figure(value, f"reads of {threads} threads, from those of the reference host")
 
 
 class RealRuns:

@@ -15,7 +15,6 @@ migrations   before the sweep, over the link
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +24,7 @@ from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import IterationPlan, Mode, PrefillRow, SubBatch, Tier
 from gpu_service.scheduling.rates import HostRates
 from neo_common.model_spec import ModelSpec
-from neo_plan.simulator.profile import Figure, Profile
+from neo_plan.simulator.profile import Profile
 
 GPU_ONLY = "gpu_only"
 _ELEMENT_BYTES = 2
@@ -87,12 +86,6 @@ class Machine:
     def host_kv_token_bytes(self) -> int:
         """A token's K and V in all layers, as the host pool holds them."""
         return self._host_kv_bytes
-
-    def with_read_gbps(self, rate: Figure) -> Machine:
-        """This machine with memory that is read at another rate."""
-        changed = copy.copy(self)
-        changed._cpu_gbps *= rate.value / self.profile.cpu.read_gbps.value
-        return changed
 
     def sweep(self, plan: IterationPlan, under_way: Sequence[int]) -> SweepTime:
         """Of a plan that is not empty, from the device's start with it to its end.

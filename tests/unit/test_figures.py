@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import figures
-from benchmarks.figure_runs import SimulatedRuns, read_gbps
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
@@ -50,13 +49,6 @@ def test_what_a_rate_has_to_keep() -> None:
     assert figures.sustained([0.4] * 40)
     assert not figures.sustained([0.6] * 40)
     assert not figures.sustained([0.01] * 30 + [0.03] * 10), "the queue grows"
-
-
-def test_memory_by_threads() -> None:
-    assert [read_gbps(n).value for n in (1, 4, 14, 28)] == [12, 46, 139, 278]
-    assert 46 < read_gbps(6).value < 83
-    runs = SimulatedRuns("h100-16c.json")
-    assert runs.simulated
 
 
 @pytest.mark.parametrize("options", ["--simulate nowhere.json", "--simulate h100-16c"])

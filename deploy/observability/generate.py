@@ -28,6 +28,14 @@ def render() -> dict[Path, str]:
     }
     text = yaml.safe_dump(rules(), sort_keys=False, width=120)
     files[HERE / "alerts" / "neo.rules.yaml"] = RULES_HEAD + text
+    resource = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "neo-serving"},
+        "spec": rules(),
+    }
+    text = yaml.safe_dump(resource, sort_keys=False, width=120)
+    files[HERE / "alerts" / "prometheusrule.yaml"] = RULES_HEAD + text
     return files
 
 

@@ -18,6 +18,7 @@ from router.status.recent import Calls
 HISTORY_SECONDS = 120
 MODE_WINDOW_SECONDS = 10
 """What the shares of modes look back."""
+SHARES = ("device_busy", "host_busy", "host_wait")
 HOST_STATES = {
     engine.HOST_TIER_STATE_OFF: "off",
     engine.HOST_TIER_STATE_UP: "up",
@@ -35,6 +36,7 @@ class Seen:
     mode_seconds: dict[str, float]
     device_busy_seconds: float
     host_wait_seconds: float
+    host_busy_seconds: float
 
 
 class Fleet:
@@ -75,6 +77,7 @@ class Fleet:
             "tiers": {"gpu": _tier(load.gpu, load), "host": _tier(load.host, load)},
             "migrations": load.demotions_total + load.promotions_total,
             "recomputations": load.recomputations_total,
+            "decision": _decision(load),
             **_rates(seen),
         }
 
@@ -91,9 +94,17 @@ class Fleet:
                     mode_seconds=dict(load.mode_seconds_total),
                     device_busy_seconds=load.device_busy_seconds_total,
                     host_wait_seconds=load.host_wait_seconds_total,
+                    host_busy_seconds=load.host_busy_seconds_total,
                 )
             )
         return seen
+
+
+def _decision(load: engine.LoadSnapshot) -> dict[str, str] | None:
+    """None where a setting says how host rows run."""
+    if not load.HasField("decision"):
+        return None
+    return {"mode": load.decision.mode, "why": load.decision.why}
 
 
 def _tier(tier: engine.TierLoad, load: engine.LoadSnapshot) -> dict[str, int]:
@@ -107,7 +118,7 @@ def _tier(tier: engine.TierLoad, load: engine.LoadSnapshot) -> dict[str, int]:
 def _rates(seen: Sequence[Seen]) -> dict[str, Any]:
     """Over the last second, and shares of modes over the whole window."""
     if len(seen) < 2:
-        return {"tokens_per_second": 0.0, "modes": {}, "device_busy": 0.0, "host_wait": 0.0}
+        return {"tokens_per_second": 0.0, "modes": {}} | dict.fromkeys(SHARES, 0.0)
     first, before, last = seen[0], seen[-2], seen[-1]
     span, step = last.at - first.at, last.at - before.at
     modes = {
@@ -117,8 +128,10 @@ def _rates(seen: Sequence[Seen]) -> dict[str, Any]:
     return {
         "tokens_per_second": (last.tokens - before.tokens) / step,
         "modes": modes,
-        "device_busy": (last.device_busy_seconds - first.device_busy_seconds) / span,
-        "host_wait": (last.host_wait_seconds - first.host_wait_seconds) / span,
+        **{
+            name: (getattr(last, f"{name}_seconds") - getattr(first, f"{name}_seconds")) / span
+            for name in SHARES
+        },
     }
 
 

@@ -42,6 +42,8 @@ class Busy(FakeBackend):
         load.mode_seconds_total["gpu_only"] = 0.25 * seconds
         load.device_busy_seconds_total = 0.5 * seconds
         load.host_wait_seconds_total = 0.125 * seconds
+        load.host_busy_seconds_total = 0.25 * seconds
+        load.decision.mode, load.decision.why = "inline", "because <b>"
         return load
 
 
@@ -101,6 +103,8 @@ async def test_what_is_told_is_what_backends_and_calls_did() -> None:
         # Snapshots may come late on a busy machine, but what they say is in proportion.
         assert row["modes"]["inline"] == 2 * row["modes"]["gpu_only"] > 0
         assert abs(row["device_busy"] - 4 * row["host_wait"]) < 1e-9
+        assert abs(row["device_busy"] - 2 * row["host_busy"]) < 1e-9
+        assert row["decision"] == {"mode": "inline", "why": "because <b>"}
         assert rows["127.0.0.1:1"]["state"] == "down"
         point = next(p for p in data["history"] if p["messages"])
         assert point["started"] >= 1
@@ -140,6 +144,7 @@ async def test_the_page_in_a_browser(tmp_path: Path) -> None:
                 assert "75% of 16k tokens · 3 running" in text
                 assert "25% of 6400 tokens · 5 running" in text
                 assert NASTY in text
+                assert "decided: inline" in text
                 width = page.value(f"{row}.querySelector('.c-host').style.width")
                 assert width == "25%"
                 down = page.value("document.querySelector('.state.down').closest('tr').innerText")

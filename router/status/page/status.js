@@ -18,6 +18,8 @@ function number(value) {
   return value >= 100 || Number.isInteger(value) ? String(Math.round(value)) : value.toFixed(1);
 }
 
+function percent(share) { return Math.round(share * 100) + "%"; }
+
 function seconds(value) {
   if (value === null || value === undefined) return "–";
   return value < 1 ? Math.round(value * 1000) + " ms" : value.toFixed(value < 10 ? 2 : 1) + " s";
@@ -85,7 +87,8 @@ function row(backend) {
     make("td", {}, number(backend.tokens_per_second || 0)),
     kv(tiers.gpu, "gpu"), kv(tiers.host, "host", backend.host_tier),
     make("td", {}, bar(modes), make("small", {}, told || "idle"),
-      told ? make("small", {}, `device busy ${Math.round(backend.device_busy * 100)}%, waits for the host ${Math.round(backend.host_wait * 100)}%`) : null),
+      told ? make("small", {}, `device ${percent(backend.device_busy)} busy, host ${percent(backend.host_busy)}; waits ${percent(backend.host_wait)}`) : null,
+      backend.decision ? make("small", { title: backend.decision.why }, "decided: " + (MODES[backend.decision.mode] || backend.decision.mode)) : null),
     make("td", {}, `${backend.failures} / ${number(backend.calls)}`));
 }
 

@@ -96,7 +96,7 @@ class AdmissionCore:
         what was reserved stays counted. Call `turn` afterwards."""
         tenant = ticket.tenant
         if ticket.state is State.WAITING:
-            self._dequeue(ticket)
+            self._dequeue(ticket, now)
             used = 0.0
             if tenant.requests is not None:
                 tenant.requests.take(-1.0, now)
@@ -225,15 +225,15 @@ class AdmissionCore:
         self._queued_load += ticket.load
         tenant.waiting += 1
         self.waiting += 1
-        self._pace.waiting(now)
-        tenant.pace.waiting(now)
+        self._pace.waits(now)
+        tenant.pace.waits(now)
         heapq.heappush(self._expiries, (ticket.expires, next(self._numbers), ticket))
         if len(self._expiries) > 2 * self.waiting + 64:
             self._expiries = [entry for entry in self._expiries if entry[2].state is State.WAITING]
             heapq.heapify(self._expiries)
         self._offer(ticket.tenant, ticket.rank)
 
-    def _dequeue(self, ticket: Ticket) -> None:
+    def _dequeue(self, ticket: Ticket, now: float) -> None:
         flow, tenant = ticket.flow, ticket.tenant
         flow.remove(ticket)
         self._queued_load -= ticket.load
@@ -247,9 +247,9 @@ class AdmissionCore:
         if not self.waiting:
             self._queued_load = 0.0  # what rounding left of it
         if not tenant.waiting:
-            tenant.pace.nobody_waits()
+            tenant.pace.nothing_waits(now)
         if not self.waiting:
-            self._pace.nobody_waits()
+            self._pace.nothing_waits(now)
 
     def _refuse(self, ticket: Ticket, refusal: Refusal, now: float) -> None:
         """Ends a waiting ticket against its client's will."""
@@ -302,9 +302,9 @@ class AdmissionCore:
         if ticket in flow.waiting:
             order.withdraw()
             self._classes.withdraw()
-            self._pace.started(ticket.load, now, more=self.waiting > 1)
-            tenant.pace.started(ticket.load, now, more=tenant.waiting > 1)
-            self._dequeue(ticket)
+            self._pace.started(ticket.load, now)
+            tenant.pace.started(ticket.load, now)
+            self._dequeue(ticket, now)
         ticket.state, ticket.started = State.RUNNING, now
         tenant.running += 1
         self.running += 1

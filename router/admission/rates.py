@@ -40,33 +40,45 @@ class Bucket:
 
 
 class Pace:
-    """What is started per second while something waits, recent times first."""
+    """What is started per second while something waits, recent times first. Forgotten when nothing
+    has waited for a while: an old bad time must not make everybody be refused who would show that
+    it is over."""
 
     def __init__(self) -> None:
         self._amount = 0.0
         self._seconds = 0.0
-        self._last: float | None = None
+        self._since: float | None = None
+        """While something waits: when the last start was, or the waiting began."""
+        self._idle_since = 0.0
 
-    def started(self, amount: float, now: float, *, more: bool) -> None:
-        """more: whether something still waits; if not, the time to the next start says nothing."""
-        if self._last is not None:
-            passed = max(0.0, now - self._last)
+    def waits(self, now: float) -> None:
+        """Something waits from now on."""
+        if self._since is None:
+            if self._forgotten(now):
+                self._amount = self._seconds = 0.0
+            self._since = now
+
+    def started(self, amount: float, now: float) -> None:
+        """Something that waited goes."""
+        if self._since is not None:
+            passed = max(0.0, now - self._since)
             kept = math.exp(-passed / PACE_SECONDS)
             self._amount = self._amount * kept + amount
             self._seconds = self._seconds * kept + passed
-        self._last = now if more else None
+            self._since = now
 
-    def waiting(self, now: float) -> None:
-        """Something waits from now on."""
-        if self._last is None:
-            self._last = now
-
-    def nobody_waits(self) -> None:
-        self._last = None
+    def nothing_waits(self, now: float) -> None:
+        """The time to the next start will say nothing."""
+        self.started(0.0, now)  # what waited may have left in vain
+        self._since = None
+        self._idle_since = now
 
     def seconds_for(self, amount: float, now: float) -> float:
         """How long starting `amount` takes; 0 when nothing is known."""
-        if self._amount <= 0.0:
+        if self._amount <= 0.0 or self._forgotten(now):
             return 0.0
-        still = 0.0 if self._last is None else max(0.0, now - self._last)
+        still = 0.0 if self._since is None else max(0.0, now - self._since)
         return amount * (self._seconds + still) / self._amount
+
+    def _forgotten(self, now: float) -> bool:
+        return self._since is None and now - self._idle_since > PACE_SECONDS

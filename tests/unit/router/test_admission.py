@@ -86,6 +86,20 @@ def test_a_slower_pace_is_seen_while_nothing_starts() -> None:
     assert refusal(found, "a", NORMAL, 10, later, seconds_left=4.0).reason is Reason.WAIT_TOO_LONG
 
 
+def test_a_bad_time_is_forgotten() -> None:
+    """Else nobody with a deadline would ever wait again, and show that things go faster now."""
+    found, running, now = paced()
+    found.submit("a", NORMAL, 10, now)
+    assert found.turn(now + 29.0) == []
+    found.turn(now + 31.0)  # its time was up
+    assert found.waiting == 0
+    soon = refusal(found, "a", NORMAL, 10, now + 32.0, seconds_left=1.0)
+    assert soon.reason is Reason.WAIT_TOO_LONG
+    assert found.submit("a", NORMAL, 10, now + 60.0, seconds_left=1.0).state is State.WAITING
+    found.end(running, now + 60.1)
+    assert found.turn(now + 60.1)
+
+
 def test_whose_time_is_up_is_dropped() -> None:
     found = core(max_wait_seconds=10.0)
     found.submit("a", NORMAL, 10, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,18 +61,24 @@ class Streamed:
     code: grpc.StatusCode
 
 
-async def stream(channel: Any, tokens: int, identity: str = "") -> Streamed:
-    """One stream, read to its end."""
+async def stream(
+    channel: Any, tokens: int, identity: str = "", begun: Callable[[], None] = lambda: None
+) -> Streamed:
+    """One stream, read to its end. begun: called when its first message comes."""
     call = channel.unary_stream(STREAM)(request(tokens, identity))
     messages, last, first_at = 0, b"", None
     code = grpc.StatusCode.OK
     try:
         while (message := await call.read()) is not EOF:
-            first_at = first_at or time.perf_counter()
+            if first_at is None:
+                first_at = time.perf_counter()
+                begun()
             messages += 1
             last = message
     except grpc.aio.AioRpcError as error:
         code = error.code()
+    if first_at is None:
+        begun()  # nothing will
     usage = inference.GenerateStreamResponse.FromString(last).usage
     return Streamed(messages, usage.completion_tokens, first_at, time.perf_counter(), code)
 

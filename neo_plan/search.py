@@ -23,7 +23,7 @@ MAX_REPLICAS = 10_000
 FULL_SHARE = 0.95
 """Of its capacity that a replica may be asked for. Beyond, its queue grows for ever, which a trial
 of a minute would not show."""
-CAPACITY_REQUESTS = (120, 1200)
+CAPACITY_REQUESTS = (120, 600)
 """Least and most of the run that finds the capacity: enough to fill the machine four times."""
 ALONE_REQUESTS = 12
 """Of the trial that asks whether an idle machine is quick enough."""

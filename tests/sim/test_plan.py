@@ -69,8 +69,8 @@ def h200(offload: bool, **sizes: Any) -> Node:
     return replace(node, gpu_blocks=1650, host_blocks=blocks if offload else 0)
 
 
-def test_a_datasheet_against_a_machine_that_was_measured_later() -> None:
-    """docs/perf-log.md, Deferred attention on a GPU: one H200, whose profile knew nothing of it."""
+def test_a_datasheet_against_a_machine_that_it_knew_nothing_of() -> None:
+    """docs/perf-log.md, Deferred attention on a GPU: one H200."""
     found = figures(simulated(h200(False), 250))
     assert found["requests_per_second"] == pytest.approx(13.78, rel=0.1)
 

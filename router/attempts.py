@@ -65,7 +65,11 @@ class Try:
 
     def __enter__(self) -> Try:
         self._opened = self._call.__enter__()
-        self._attempt = self._open_attempt(self.backend.channel)
+        try:
+            self._attempt = self._open_attempt(self.backend.channel)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(

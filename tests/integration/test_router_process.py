@@ -46,6 +46,10 @@ async def said(process: asyncio.subprocess.Process, pattern: str) -> re.Match[st
         ("backends: [a:1]\nmax_calls: 0", "max_calls must be at least 1"),
         ("backends: [a:1]\nstale_seconds: 0.1", "stale_seconds must be longer than load_interval"),
         ("backends: [a:1]\nlog_level: loud", "log_level must be one of"),
+        ("backends: [a:1]\npolicy: best", "policy must be one of predicted-wait, "),
+        ("backends: [a:1]\nmodel_policies: [m]", "model_policies must hold MODEL=POLICY"),
+        ("backends: ['dns:///gpu']", "backends: 'dns:///gpu' is not dns:///NAME:PORT"),
+        ("backends: ['k8s:///gpu:grpc']", "backends: k8s:/// needs kubernetes_api"),
     ],
 )
 async def test_it_refuses_to_start_with_one_sentence(
@@ -95,6 +99,19 @@ async def test_sigterm_lets_streams_finish_and_metrics_are_served() -> None:
             while await call.read() is not EOF:
                 left += 1
             assert left == 3
+        assert await process.wait() == 0
+
+
+async def test_backends_are_found_by_name() -> None:
+    async with fake_backends(1) as (a,):
+        target = f"dns:///localhost:{a.address.rpartition(':')[2]}"
+        process = await start("--listen", "127.0.0.1:0", "--backends", target)
+        address = (await said(process, r"listening on (\S+),"))[1]
+        await said(process, "router: serving")
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            assert (await stub.Generate(inference.GenerateRequest(text="hi"))).model == "a"
+        process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
 
 

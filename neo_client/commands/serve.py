@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from neo_client.local.child import ChildFailed, Say
-from neo_client.local.plan import Wishes, make_plan
+from neo_client.local.plan import Wishes, make_plan, with_port
 from neo_client.local.stack import LocalStack
 
 GPU_FLAGS: tuple[tuple[str, type, str], ...] = (
@@ -80,6 +80,10 @@ def add_stack_flags(parser: argparse.ArgumentParser) -> None:
 
 def wishes(arguments: argparse.Namespace, directory: Path) -> Wishes:
     flags = [name.replace("-", "_") for name, _, _ in GPU_FLAGS]
+    overrides = list(arguments.overrides)
+    if http := getattr(arguments, "http_listen", None):  # not of all commands that use this
+        # A free port is found here, so that it can be said. In front, for --set has the last word.
+        overrides.insert(0, f"router.http_listen={with_port(http)}")
     return Wishes(
         listen=arguments.listen,
         directory=directory,
@@ -90,7 +94,7 @@ def wishes(arguments: argparse.Namespace, directory: Path) -> Wishes:
             "model": absolute(arguments.model),
             **{name: getattr(arguments, name) for name in flags},
         },
-        overrides=arguments.overrides,
+        overrides=overrides,
     )
 
 
@@ -105,17 +109,13 @@ def print_line(service: str, line: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.http_listen:
-        # In front, so that --set still has the last word.
-        arguments.overrides.insert(0, f"router.http_listen={arguments.http_listen}")
-
     async def announce(stack: LocalStack) -> None:
         plan = stack.plan
         services = [s for s in (plan.router, plan.gpu, plan.cpu) if s is not None]
         addresses = ", ".join(f"{service.module} {service.address}" for service in services)
         print_line("neo", f"serving: {addresses}")
-        if arguments.http_listen:
-            print_line("neo", f"OpenAI's API: http://{arguments.http_listen}/v1")
+        if http := plan.router.settings.get("http_listen"):
+            print_line("neo", f"OpenAI's API: http://{http}/v1")
         if port := plan.router.settings.get("status_port"):
             print_line("neo", f"look: http://127.0.0.1:{port}/")
         print_line("neo", f'try: neo generate --address {plan.router.address} "Once upon a time"')

@@ -95,6 +95,20 @@ def test_serve_passes_on_what_was_said_and_nothing_else(tmp_path: Path) -> None:
     assert len({plan.cpu.address, plan.gpu.address, plan.router.address}) == 3
 
 
+def test_serve_passes_on_where_to_listen_for_http(tmp_path: Path) -> None:
+    def where(*flags: str) -> str | None:
+        given = arguments("serve", "--model", "x", *flags)
+        settings = make_plan(serve.wishes(given, tmp_path)).router.settings
+        found: str | None = settings.get("http_listen")
+        return found
+
+    assert where() is None
+    assert where("--http-listen", "127.0.0.1:8000") == "127.0.0.1:8000"
+    assert str(where("--http-listen", "127.0.0.1:0")).rpartition(":")[2] not in ("", "0")
+    last = where("--http-listen", "127.0.0.1:8000", "--set", "router.http_listen=127.0.0.1:8001")
+    assert last == "127.0.0.1:8001"
+
+
 def test_without_offload_there_is_no_cpu_service(tmp_path: Path) -> None:
     plan = make_plan(
         serve.wishes(arguments("serve", "--model", "x", "--offload", "never"), tmp_path)

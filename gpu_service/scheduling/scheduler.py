@@ -312,7 +312,8 @@ class Scheduler:
         else:
             self._collect_prompt_logprobs(choice, result)
             choice.confirmed += tokens
-            reuse.publish(self.state, choice, plan.number)
+            if choice.confirmed >= (choice.published + 1) * self.limits.block_tokens:
+                reuse.publish(self.state, choice, plan.number)
             if key in result.tokens:
                 self._accept(choice, tier, result.tokens[key], now)
 

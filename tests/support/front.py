@@ -71,6 +71,8 @@ async def front(backends: list[FakeBackend], /, **settings: Any) -> AsyncIterato
         listen="127.0.0.1:0",
         **{
             "backends": tuple(backend.address for backend in backends),
+            # Tests look at single messages, and a loaded machine is a busy one.
+            "max_join_ms": 0.0,
             "load_interval_ms": 20, "stale_seconds": 0.5, "silence_seconds": 1.0,
             "reconnect_seconds": 0.02, "max_reconnect_seconds": 0.1, "drain_grace_seconds": 2.0,
             **settings,

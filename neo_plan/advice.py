@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from neo_plan.search import Found, Search
+from neo_plan.search import Found, Search, with_spares
 
 LOADS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 SCALE_AT = 0.8
@@ -31,16 +31,16 @@ class Advice:
     """Multiple of the demand -> replicas, spares included."""
 
 
-def advise(search: Search, best: Found, zones: int) -> Advice:
+def advise(search: Search, best: Found) -> Advice:
     most, trial = search.most(best)
     rate = search.demand.rate * search.demand.scale
-    replicas = with_spares(best.replicas, zones)
+    zones, replicas = best.zones, best.total
     assert best.trial is not None
     fewer = best.replicas / replicas
     return Advice(
         replicas=replicas,
         zones=zones,
-        per_hour=round(replicas * best.kind.price.per_hour, 4),
+        per_hour=round(best.per_hour, 4),
         most_requests_per_second=round(most, 4),
         most_in_system=trial.in_system,
         scale_at=round(SCALE_AT * trial.in_system, 1),
@@ -50,10 +50,3 @@ def advise(search: Search, best: Found, zones: int) -> Advice:
             load: with_spares(max(math.ceil(load * rate / most - 1e-9), 1), zones) for load in LOADS
         },
     )
-
-
-def with_spares(replicas: int, zones: int) -> int:
-    """So many that `replicas` are left, in whole zones of equal size, when one zone is lost."""
-    if zones == 1:
-        return replicas
-    return zones * math.ceil(replicas / (zones - 1))

@@ -34,11 +34,16 @@ def plan(arguments: argparse.Namespace) -> int:
     demand, left_out = demand_of(
         arguments.rate, arguments.workload, arguments.trace, arguments.seed, spec.max_context_tokens
     )
-    goal = Goal(dict(arguments.target) or DEFAULT_TARGETS, arguments.share, arguments.requests)
+    goal = Goal(
+        dict(arguments.target) or DEFAULT_TARGETS,
+        arguments.share,
+        arguments.requests,
+        arguments.zones,
+    )
     search = Search(demand, goal, (lambda _: None) if arguments.quiet else _say)
     found = search.run(kinds)
     best = found[0] if found and found[0].replicas else None
-    advice = advise(search, best, arguments.zones) if best is not None else None
+    advice = advise(search, best) if best is not None else None
     console = Console()
     if left_out:
         console.print(f"[yellow]{left_out} requests of the trace are beyond the model's context[/]")
@@ -136,7 +141,8 @@ def _row(found: Found) -> dict[str, Any]:
         "profile": kind.node.profile.about,
         "gpu_blocks": kind.node.gpu_blocks,
         "host_blocks": kind.node.host_blocks,
-        "replicas": found.replicas,
+        "replicas": found.total,
+        "replicas_that_hold": found.replicas,
         "per_hour": round(found.per_hour, 4),
         "capacity_requests_per_second": round(found.capacity, 4),
         "trial": asdict(found.trial) if found.trial is not None else None,

@@ -68,7 +68,7 @@ def losers(found: list[Found], prices: PriceFile) -> Table:
         trial = each.trial
         table.add_row(
             each.kind.label,
-            str(each.replicas or "-"),
+            str(each.total or "-"),
             f"{each.per_hour:.2f}" if each.replicas else "-",
             f"{trial.gpu_busy:.0%}" if trial else "-",
             f"{trial.cpu_busy:.0%}" if trial and each.kind.offloads else "-",

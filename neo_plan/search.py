@@ -41,6 +41,8 @@ class Goal:
     """Of requests that must meet all of them."""
     requests: int = 300
     """Simulated per trial."""
+    zones: int = 1
+    """With one of them lost the others hold the targets."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,19 @@ class Kind:
         return f"{self.name}{' + offload' if self.offloads else ''}"
 
 
+def with_spares(replicas: int, zones: int) -> int:
+    """So many that `replicas` are left, in whole zones of equal size, when one zone is lost."""
+    if zones == 1:
+        return replicas
+    return zones * math.ceil(replicas / (zones - 1))
+
+
 @dataclass
 class Found:
     """What came of one kind."""
 
     kind: Kind
+    zones: int = 1
     replicas: int = 0
     """0: none hold the targets, or it was not worth finding out."""
     trial: Trial | None = None
@@ -88,11 +98,16 @@ class Found:
     @property
     def at_least(self) -> float:
         """Price an hour below which it cannot be had."""
-        return self.least * self.kind.price.per_hour
+        return with_spares(self.least, self.zones) * self.kind.price.per_hour
 
     @property
     def per_hour(self) -> float:
-        return self.replicas * self.kind.price.per_hour
+        return self.total * self.kind.price.per_hour
+
+    @property
+    def total(self) -> int:
+        """Replicas and spares."""
+        return with_spares(self.replicas, self.zones)
 
 
 @dataclass
@@ -128,7 +143,7 @@ class Search:
 
     def _bound(self, kind: Kind, kinds: list[Kind]) -> Found:
         """What can be said without a load: whether it fits, and the least it can cost."""
-        found = Found(kind)
+        found = Found(kind, self.goal.zones)
         node = kind.node
         same = [k for k in kinds if k.is_as_good_as(kind)]
         cheapest = min(same, key=lambda k: k.price.per_hour)

@@ -18,11 +18,10 @@ from neo_client.prices import MachinePrice, read_prices
 from neo_client.workloads import Lengths, read_workload
 from neo_client.workloads.traces import Traced
 from neo_plan import datasheet, search
-from neo_plan.advice import with_spares
 from neo_plan.command import EXAMPLE
 from neo_plan.demand import Demand, busiest, demand_of, thinned
 from neo_plan.node import Node, Sizes, gpu_blocks, make_node, read_model, weights_gib, with_cores
-from neo_plan.search import FULL_SHARE, Goal, Kind, Search
+from neo_plan.search import FULL_SHARE, Goal, Kind, Search, with_spares
 from neo_plan.simulator.figures import figures
 from neo_plan.simulator.profile import PROFILES, read_profile
 from neo_plan.simulator.run import Trace, simulate
@@ -281,6 +280,15 @@ def test_a_replica_is_never_asked_for_all_that_it_can_do(monkeypatch: pytest.Mon
     assert Search(demand, Goal({"ttft": 1})).most(answer)[0] <= FULL_SHARE * 10 * 1.001
 
 
+def test_spares_count_in_what_is_cheapest(arithmetic: dict[str, float]) -> None:
+    """One large machine would do, and three of them are dearer than three smaller ones."""
+    demand = Demand(10.0, "steady", STEADY, scale=0.01)
+    kinds = [kind("large", 3.5, gbps=1000), kind("small", 2.5, gbps=500)]
+    for zones, name, total in ((1, "large", 1), (3, "small", 3)):
+        best = Search(demand, Goal({"ttft": 1}, zones=zones)).run(kinds)[0]
+        assert (best.kind.name, best.total) == (name, total)
+
+
 def test_no_machine_is_quick_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "run", lambda *_: trial(0.2))
     monkeypatch.setattr(search, "capacity", lambda *_: 10.0)
@@ -327,7 +335,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "made up" in out
     found = json.loads(path.read_text())
     first = found["kinds"][0]
-    assert (first["machine"], first["offload"], first["replicas"]) == ("h100-16c", False, 1)
+    assert (first["machine"], first["offload"], first["replicas"]) == ("h100-16c", False, 3)
     assert found["advice"]["replicas"] == 3
     assert all(k["reason"] for k in found["kinds"][1:])
     assert cli.main([*words, "--quiet", "--target", "ttft=0.001"]) == 1

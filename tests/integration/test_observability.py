@@ -21,7 +21,7 @@ from protos.neo.v1 import types_pb2
 from tests.support.collector import Collector, Seen, collector
 from tests.support.load import Job, random_jobs, run_jobs
 from tests.support.prometheus import Prometheus, prometheus
-from tests.support.stack import Stack, free_port, running_stack, stack_model
+from tests.support.stack import REPO, Stack, free_port, running_stack, stack_model
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 RULES = HERE / "alerts" / "neo.rules.yaml"
@@ -176,3 +176,16 @@ def test_latencies_name_their_traces(loaded: Loaded) -> None:
         )  # fmt: skip
         traces = {e["labels"]["trace_id"] for series in answer for e in series["exemplars"]}
         assert traces == {TRACE}, histogram
+
+
+def test_every_metric_of_ours_is_described(loaded: Loaded) -> None:
+    """Those of routers are described as a family."""
+    text = (REPO / "docs" / "observability.md").read_text()
+    described = set(re.findall(r"`(neo_[a-z_]+)`", text))
+    match = '{__name__=~"neo_.*", job=~"gpu_service|cpu_service"}'
+    names = loaded.prometheus.get("label/__name__/values", **{"match[]": match})
+    families = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in names}
+    # A counter's time of birth is named like it, without its ending.
+    born = {name.removesuffix("_total") for name in families if name.endswith("_total")}
+    assert families - born <= described, families - born - described
+    assert described <= families, described - families

@@ -53,9 +53,15 @@ async def test_what_came_before_a_failure_arrives() -> None:
 
 
 async def test_a_client_that_leaves_ends_the_backends_call() -> None:
-    async with fake_backends(1, tokens=10_000, delay=0.001) as (a,), busy([a], 0.05) as ready:
+    async with fake_backends(1, tokens=100_000, delay=0.001) as (a,), busy([a], 0.05) as ready:
         call = ready.inference.GenerateStream(inference.GenerateRequest(text="hi"))
         await call.read()
         await call.read()
+        assert a.live == 1
         call.cancel()
-        await asyncio.wait_for(a.cancelled.wait(), 10)
+        reported = asyncio.Event()  # every 20 ms
+        ready.router.registry.on_change(reported.set)
+        async with asyncio.timeout(30):
+            while a.live:
+                reported.clear()
+                await reported.wait()

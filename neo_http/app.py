@@ -65,6 +65,8 @@ class Api:
         self._parts = parts
         self._vocabulary = Vocabulary()
         self._started = int(time.time())
+        self.busy: set[Any] = set()
+        """Connections with a request under way, as aiohttp's protocols."""
 
     def application(self) -> web.Application:
         app = web.Application(
@@ -85,10 +87,12 @@ class Api:
         resource = request.match_info.route.resource
         route = "other" if resource is None else resource.canonical
         status = CLIENT_GONE
+        self.busy.add(request.protocol)
         try:
             response = await _answered(route, handler(request))
             status = response.status
         finally:
+            self.busy.discard(request.protocol)
             self._parts.metrics.requests.labels(route, status).inc()
         return response
 

@@ -33,14 +33,21 @@ _WHEN_GONE = {
 
 
 class HttpListener:
-    """Used by one event loop. Raises ValueError for key files that cannot be used."""
+    """Used by one event loop. max_age_seconds: connections older than this, give or take a tenth,
+    are closed once their request has ended; 0: never. Raises ValueError for key files that cannot
+    be used."""
 
-    def __init__(self, parts: Parts, tls: TlsFiles | None) -> None:
+    def __init__(self, parts: Parts, tls: TlsFiles | None, max_age_seconds: float = 0.0) -> None:
+        self._max_age_seconds = max_age_seconds
+        self._seen_at: dict[Any, float] = {}
+        """Connections at the last look, and when each was first seen."""
+        self._next_look: asyncio.TimerHandle | None = None
         self._settings = parts.settings
         self._metrics = parts.metrics
         self._tls = None if tls is None else server_context(tls)
+        self._api = Api(parts)
         self._runner = web.AppRunner(
-            Api(parts).application(),
+            self._api.application(),
             handle_signals=False,
             # A client that hangs up cancels its handler, and so the backend's call.
             handler_cancellation=True,
@@ -68,9 +75,26 @@ class HttpListener:
         self._server = await asyncio.get_running_loop().create_server(
             self._protocol, sock=listening, ssl=self._tls, backlog=BACKLOG
         )
+        if self._max_age_seconds:
+            self._close_old(server)
         host = self._settings.http_listen.rpartition(":")[0]
         self.address = f"{host}:{listening.getsockname()[1]}"
         return self.address
+
+    def _close_old(self, server: web.Server) -> None:
+        """So that clients spread out again over servers that came later. One timer for all: a
+        timer for each would keep connections in memory that have ended long ago."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._seen_at = {each: self._seen_at.get(each, now) for each in server.connections}
+        for connection, seen_at in self._seen_at.items():
+            if now - seen_at < self._max_age_seconds:
+                continue
+            if connection in self._api.busy:
+                connection.close()  # when its request has ended
+            else:
+                connection.force_close()
+        self._next_look = loop.call_later(self._max_age_seconds / 10, self._close_old, server)
 
     def _protocol(self) -> asyncio.BaseProtocol:
         server = self._runner.server
@@ -82,6 +106,8 @@ class HttpListener:
 
     async def stop(self) -> None:
         """Close everything; what is still running is cancelled."""
+        if self._next_look is not None:
+            self._next_look.cancel()
         if self._server is not None:
             self._server.close()
         await self._runner.cleanup()

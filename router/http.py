@@ -45,7 +45,7 @@ def http_listener(
         settings=config,
         metrics=HttpMetrics(collector),
     )
-    return HttpListener(parts, config.tls)
+    return HttpListener(parts, config.tls, config.max_connection_age_seconds)
 
 
 def _path(method: str) -> str:

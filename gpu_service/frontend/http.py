@@ -51,4 +51,4 @@ def http_listener(
         settings=config,
         metrics=HttpMetrics(registry),
     )
-    return HttpListener(parts, config.tls)
+    return HttpListener(parts, config.tls, config.max_connection_age_seconds)

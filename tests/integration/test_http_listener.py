@@ -217,6 +217,28 @@ BAD_REQUESTS = {
 }
 
 
+async def test_old_connections_end_with_their_request() -> None:
+    body = json.dumps({**COMPLETION, "stream": True}).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    async with fake_backends(1) as (a,), http_front([a], max_connection_age_seconds=0.2) as http:
+        host, _, port = http.url.removeprefix("http://").rpartition(":")
+        a.hold = asyncio.Event()
+        async with asyncio.timeout(20):
+            busy, writer = await asyncio.open_connection(host, int(port))
+            writer.write(head.encode() + body)
+            await busy.readuntil(b"data: ")
+            for _ in range(2):
+                idle, _ = await asyncio.open_connection(host, int(port))
+                assert await idle.read() == b"", "and so more time has gone by"
+            a.hold.set()
+            rest = await busy.read()
+        assert b"[DONE]" in rest
+        assert (await http.get("/health")).status == 200
+
+
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 async def test_bytes_that_are_no_request(name: str, caplog: pytest.LogCaptureFixture) -> None:
     async with http_front([]) as http:

@@ -37,7 +37,7 @@ async def follow(
             pause = min(interval, max(ttl, MIN_SECONDS))
             found(frozenset(join(host, target.port) for host in hosts))
             failing = False
-        except (OSError, dns.exception.DNSException) as error:
+        except (OSError, UnicodeError, dns.exception.DNSException) as error:
             if not failing:
                 log.warning("cannot look up %s: %s", target.name, error)
             failing = True

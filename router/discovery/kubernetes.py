@@ -36,6 +36,10 @@ PAGE = 500
 MAX_LINE = 16 << 20
 """Of one event."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+TROUBLE = (
+    aiohttp.ClientError, OSError, TimeoutError,
+    ValueError, LookupError, TypeError, AttributeError,  # answers that are not what they should be
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ async def follow(
                     version = await watcher.watch(session, version)
         except GoneError:
             continue  # the next list is up to date
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, LookupError) as error:
+        except TROUBLE as error:
             log.warning("cannot follow %s: %s", watcher.name, error or type(error).__name__)
         await asyncio.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, LONGEST_PAUSE)

@@ -157,8 +157,16 @@ async def test_a_version_that_is_too_old_means_a_new_list(gone: Any) -> None:
 
 @pytest.mark.parametrize(
     "trouble",
-    [500, 403, [b"not json\n"], [b'{"type": "ADDED"}\n'], [event("ERROR", {"code": 500})]],
-    ids=["500", "403", "garbage", "incomplete", "error"],
+    [
+        500,
+        403,
+        [b"not json\n"],
+        [b'{"type": "ADDED"}\n'],
+        [b"[1]\n"],
+        [event("ADDED", {"metadata": None})],
+        [event("ERROR", {"code": 500})],
+    ],
+    ids=["500", "403", "garbage", "incomplete", "list", "null", "error"],
 )
 async def test_trouble_changes_nothing_and_is_tried_again(trouble: Any) -> None:
     async with (

@@ -89,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(ask(connection_of(arguments)))
         return 0
     known = {"bandwidth", "cores", "numa", "hugepages", "memlock", "memory", "cpu isa", "gpu"}
-    unknown = set(arguments.require) - known - {"/dev/shm", "open files", "extension"}
+    known |= {"gpu link", "/dev/shm", "open files", "extension"}
+    unknown = set(arguments.require) - known
     if unknown:
         raise ValueError(f"require: {min(unknown)} is not one of {', '.join(sorted(known))}")
     machine, problems = survey(arguments.measure or arguments.write is not None)
@@ -99,10 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
         alone=arguments.what in ("cpu_service", "pod"),
     )
     sized = sizing.size(machine, wishes)
-    pool_gib = sized.pool_gib if arguments.host_kv_gib == AUTO else arguments.host_kv_gib
-    subject = Subject(machine, install.look(), pool_gib + arguments.gpu_kv_gib)
+    auto = arguments.host_kv_gib == AUTO
+    pool_gib = sized.pool_gib if auto else arguments.host_kv_gib
+    subject = Subject(machine, install.look(), pool_gib + arguments.gpu_kv_gib, auto)
     findings = examine(subject, arguments.what, tuple(arguments.require)) + problems
-    if arguments.host_kv_gib == AUTO:
+    if auto:
         findings.append(sized_finding(sized))
     console = Console(soft_wrap=True)
     for finding in findings:

@@ -31,6 +31,8 @@ class Subject:
     install: Install
     pools_gib: float
     """What both tiers' pools will take from host memory."""
+    sized: bool = False
+    """They were sized for this machine, with what they must leave."""
 
 
 def ok(cause: Cause, name: str, message: str) -> Finding:
@@ -95,7 +97,7 @@ def memory(subject: Subject) -> Iterator[Finding]:
     if pools_gib > room:
         remedy = "lower --host-kv-gib and --gpu-kv-gib, or raise the limit"
         yield fail(Cause.MEMORY, "memory", text, remedy)
-    elif pools_gib > 0.8 * room:
+    elif pools_gib > 0.8 * room and not subject.sized:
         remedy = "leave a fifth for weights and processes: lower --host-kv-gib"
         yield warn(Cause.MEMORY, "memory", text, remedy)
     else:
@@ -185,15 +187,17 @@ def gpu(subject: Subject) -> Iterator[Finding]:
     """Only where the driver was asked and has some."""
     for each in subject.machine.gpus:
         text = f"{each.name}, {each.memory_bytes / GIB:.0f} GiB, {each.pci_bus_id}"
+        yield ok(Cause.GPU, "gpu", text)
         if not each.to_device:
-            yield ok(Cause.GPU, "gpu", text)
             continue
-        text += f", {each.to_device / 1e9:.1f} GB/s to it, {each.to_host / 1e9:.1f} back"
+        text = (
+            f"{each.to_device / 1e9:.1f} GB/s to {each.pci_bus_id}, {each.to_host / 1e9:.1f} back"
+        )
         if min(each.to_device, each.to_host) < MIN_LINK_RATE:
-            remedy = "the link is slower than PCIe 3 x16: look for a narrow slot or a bad riser"
-            yield warn(Cause.GPU, "gpu", text, remedy)
+            remedy = "slower than PCIe 3 x16: look for a narrow slot, or a GPU behind a slow switch"
+            yield warn(Cause.GPU, "gpu link", text, remedy)
         else:
-            yield ok(Cause.GPU, "gpu", text)
+            yield ok(Cause.GPU, "gpu link", text)
 
 
 def no_gpu(subject: Subject) -> Iterator[Finding]:

@@ -212,10 +212,9 @@ def connected(manifests: Sequence[Manifest]) -> Iterator[str]:
     for container, config in services(manifests):
         declared = {port["containerPort"] for port in container.spec["ports"]}
         listening = {config.metrics_port, int(config.health_listen.rpartition(":")[2])}
-        if not is_loopback(config.listen):
-            listening.add(int(config.listen.rpartition(":")[2]))
-        if http := getattr(config, "http_listen", ""):
-            listening.add(int(http.rpartition(":")[2]))
+        for address in (config.listen, getattr(config, "http_listen", "")):
+            if address and not is_loopback(address):
+                listening.add(int(address.rpartition(":")[2]))
         if declared != listening:
             yield f"{container.name} declares ports {declared} and listens on {listening}"
     by_name = {c.name: config for c, config in services(manifests)}

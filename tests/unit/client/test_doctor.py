@@ -81,7 +81,7 @@ def without(*names: str) -> dict[str, str]:
         ({"cpus": tuple(range(4, 12))}, "numa", Level.WARN, Cause.NUMA),
         ({"cpus": tuple(range(8, 16))}, "numa", Level.WARN, Cause.NUMA),  # the GPU is elsewhere
         ({"nodes": (1,)}, "numa", Level.WARN, Cause.NUMA),
-        ({"gpus": (replace(GPU, to_host=3e9),)}, "gpu", Level.WARN, Cause.GPU),
+        ({"gpus": (replace(GPU, to_host=3e9),)}, "gpu link", Level.WARN, Cause.GPU),
         ({"open_files": 1024}, "open files", Level.WARN, Cause.OPEN_FILES),
         ({"extension": Extension(problem="no module")}, "extension", Level.FAIL, Cause.EXTENSION),
         (
@@ -120,6 +120,12 @@ def test_a_warning_that_is_required_not_to_be_fails() -> None:
         f.name: f.level for f in examine(changed(quota=3.5, shmem_thp="never"), "all", ("cores",))
     }
     assert (levels["cores"], levels["hugepages"]) == (Level.FAIL, Level.WARN)
+
+
+def test_a_pool_sized_here_has_left_what_it_must() -> None:
+    tight = replace(changed(memory=MemoryHeadroom(int(3.2 * GIB), "a cgroup")), sized=True)
+    assert {finding.level for finding in examine(tight)} == {Level.OK}
+    assert {f.level for f in examine(replace(tight, pools_gib=4.0))} == {Level.OK, Level.FAIL}
 
 
 def test_locked_memory_matters_only_with_a_gpu() -> None:

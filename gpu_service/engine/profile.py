@@ -143,7 +143,7 @@ def _with_sweeps(subject: Subject, rates: HostRates) -> StartProfile:
     most = max(1, min(subject.gpu_blocks, subject.max_running, subject.max_batch_tokens))
     for rows in sorted({min(rows, most) for rows in (*_DECODE_ROWS, most)}):
         decode[rows] = _run_ms(subject, (_decode(subject, rows),))
-    room = subject.gpu_blocks * subject.geometry.block_tokens
+    room = min(subject.gpu_blocks * subject.geometry.block_tokens, subject.max_context_tokens)
     most = min(subject.max_batch_tokens, room)
     for rows in sorted({min(rows, most) for rows in (*_CHUNK_ROWS, most)}):
         blocks = np.arange(blocks_for(rows, subject.geometry.block_tokens), dtype=np.int32)

@@ -90,8 +90,10 @@ def test_the_demo_decodes_on_the_host_tier() -> None:
 
 
 def test_serve_generate_load_restart_drain_stop(model: Path) -> None:
-    """One stack through its life, with the commands of the README."""
-    with serving("--model", str(model), "--dtype", "float32") as stack:
+    """One stack through its life, with the commands of the README. Inline: `auto` may leave so
+    short a request on the GPU tier."""
+    inline = ("--set", "gpu.offload_mode=inline")
+    with serving("--model", str(model), "--dtype", "float32", *inline) as stack:
         address = stack.until(r"serving: router (\S+),")[1]
         ask = ("generate", "--address", address, "--raw", "abc", "--temperature", "0")
         ask += ("--max-tokens", "8", "--ignore-eos", "--show", "tokens")

@@ -3,7 +3,6 @@ are decided ahead of what is known to be there, and tokens are those of `transfo
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ pytest.importorskip("triton")
 from gpu_service.engine.core import EngineCore
 from gpu_service.model.model import load_model
 from gpu_service.scheduling.plan import IterationPlan, SweepResult, Tier
-from tests.support.engine import Answers, check_empty, config, greedy, run, step, triton_core
+from tests.golden.test_cuda_runner import count_overlaps
+from tests.support.engine import Answers, config, greedy, run, triton_core
 from tests.support.models import greedy_tokens, reference_model, tiny_model_dir
 from tests.support.offload import cpu_service
 from tests.support.stack import Service
@@ -95,25 +95,19 @@ class Talk:
         return answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
         {"offload": "never"},
-        pytest.param({"force_migration_every": 3}, marks=pytest.mark.slow),
-        pytest.param({"gpu_kv_blocks": 5, "max_batch_tokens": 64}, marks=pytest.mark.slow),
+        {"force_migration_every": 3},
+        {"gpu_kv_blocks": 5, "max_batch_tokens": 64},
     ],
     ids=["never", "forced", "small-pool"],
 )
 def test_turns_find_the_one_before(directory: Path, how: dict[str, Any]) -> None:
     with core(directory, ["local"], **how) as built:
-        ahead: list[int] = []
-        schedule = built.scheduler.schedule
-
-        def counting(now: float) -> IterationPlan:
-            ahead.append(sum(choice.pending for choice in built.scheduler.state.running))
-            return schedule(now)
-
-        built.scheduler.schedule = counting  # type: ignore[method-assign]
+        ahead = count_overlaps(built)
         talk = Talk(built, directory)
         for _ in range(2):
             talk.turn(exactly="gpu_kv_blocks" not in how)
@@ -146,25 +140,3 @@ def test_prompts_on_the_host_start_behind_what_is_there(directory: Path, service
     assert prompts.began[-2:] == [(Tier.HOST, 32), (Tier.GPU, 32)]
     for usage in answers.usages.values():
         assert usage.cached_host_tokens == usage.prefix_hit_tokens == 32
-
-
-@pytest.mark.slow
-def test_blocks_outlive_the_cpu_service(directory: Path, tmp_path: Path) -> None:
-    """A killed one gets the pool's memory back; what was under way was in no block to be found."""
-    changes = {"offload_mode": "deferred", "gpu_kv_blocks": 5}
-    with cpu_service(tmp_path) as service, core(directory, [service.address], **changes) as built:
-        talk, answers = Talk(built, directory), Answers()
-        talk.turn("cpu_preferred")
-        said = [*OPENING, 77]
-        built.handle(greedy("killed", said, 8, placement="cpu_preferred"))
-        while not built.scheduler.state.flights:
-            step(built, answers)
-        service.signal(signal.SIGKILL)
-        service.wait_exit()
-        service.start()
-        while built.scheduler.live_requests or built.scheduler.state.flights:
-            step(built, answers)
-        check_empty(built)
-        assert answers.tokens["killed", 0] == greedy_tokens(reference_model(directory), said, 8)
-        again = talk.turn("cpu_preferred", exactly=False)
-    assert sum(usage.cached_host_tokens for usage in again.usages.values()) > 0

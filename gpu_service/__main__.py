@@ -94,7 +94,9 @@ class GpuService:
         self._http = self._http_listener() if config.http_listen else None
         self._draining: asyncio.Task[None] | None = None
         # Requests on the host tier wait for a lease, in silence, when all the others have ended.
-        patience = config.stall_seconds and config.stall_seconds + config.lease_seconds
+        patience = (
+            config.engine_stall_seconds and config.engine_stall_seconds + config.lease_seconds
+        )
         self._health = HealthReporter(self._server.health, self._dispatcher, patience)
 
     def _http_listener(self) -> HttpListener:

@@ -94,7 +94,7 @@ class GpuServiceConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettin
 
     drain_grace_seconds: float = 30.0
     """How long SIGTERM lets live requests finish."""
-    stall_seconds: float = 120.0
+    engine_stall_seconds: float = 120.0
     """Health calls this process dead (`liveness`) when its engine has requests and finishes no
     iteration for that long beyond `lease_seconds`; 0 means never."""
     machine_report: str = ""
@@ -164,6 +164,6 @@ _NOT_NEGATIVE = (
     "gpu_kv_blocks",
     "force_migration_every",
     "drain_grace_seconds",
-    "stall_seconds",
+    "engine_stall_seconds",
     "metrics_port",
 )

@@ -184,10 +184,12 @@ def test_vllm_gives_logprobs(vllm: dict[str, Any], expected_ids: list[int]) -> N
     assert prompt["token_logprobs"][0] == {}  # nothing comes before the first
     assert all(entry["value"] < 0 for entry in prompt["token_logprobs"][1:])
     streamed = [a["chunk"] for a in vllm["generate"]["streamed_logprobs"] if "chunk" in a]
-    assert ["input_logprobs" in chunk for chunk in streamed] == [True] + [False] * 5
-    assert [chunk["output_logprobs"]["token_logprobs"][0] for chunk in streamed] == pytest.approx(
-        output["token_logprobs"], abs=1e-4
+    # A busy machine gives several tokens at once.
+    assert ["input_logprobs" in chunk for chunk in streamed] == [True] + [False] * (
+        len(streamed) - 1
     )
+    values = [value for chunk in streamed for value in chunk["output_logprobs"]["token_logprobs"]]
+    assert values == pytest.approx(output["token_logprobs"], abs=1e-4)
 
 
 def test_vllm_aborts(vllm: dict[str, Any]) -> None:

@@ -31,6 +31,8 @@ class Measured:
         self._attempts = 0
         self._answered = False
         metrics.recent.started()
+        # At zero from here on: rate() would miss the first observation of a series it has not seen.
+        metrics.first_message.labels(method)
 
     def attempt(self, backend: str) -> None:
         """The call goes to `backend`."""

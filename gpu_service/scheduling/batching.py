@@ -151,37 +151,36 @@ def _host_rows(state: SchedulerState, ready: Sequence[Choice], streams: set[Choi
         return cohort(state, ready, streams)
     if decision.way == GPU_ONLY or state.flights:
         return set()  # they go back to the GPU tier; or what is under way has to land first
-    going: set[Choice] = set()
-    tokens = 0
-    for choice in sorted(ready, key=lambda choice: choice.last_planned):
-        if choice in streams:
-            continue
-        if going and tokens + choice.length / 2 > decision.host_tokens:
-            break
-        going.add(choice)
-        tokens += choice.length
-    return going
+    return _longest_waiting(ready, streams, decision.host_tokens)
 
 
 def cohort(state: SchedulerState, ready: Sequence[Choice], streams: set[Choice]) -> set[Choice]:
-    """Who of the host's choices starts its next token in this sweep: those that have waited
-    longest, up to one cohort's share of the KV there, so that the host has as much to read in one
-    layer as in another. `streams`: those whose KV the host does not read."""
+    """Who of the host's choices starts its next token in this sweep: up to one cohort's share of
+    the KV there, so that the host has as much to read in one layer as in another. `streams`: those
+    whose KV the host does not read."""
     theirs = [c for c in state.running if c.tier is Tier.HOST and c not in streams]
     share = sum(choice.length for choice in theirs) / state.limits.cohorts
     if state.decision is not None:
         share = min(share, state.decision.host_tokens)
-    starting: set[Choice] = set()
-    tokens = 0
-    waiting = (choice for choice in ready if choice not in streams)
-    for choice in sorted(waiting, key=lambda choice: choice.last_planned):
-        if starting and tokens + choice.length / 2 > share:
+    return _longest_waiting(ready, streams, share, state.limits.cohort_rows)
+
+
+def _longest_waiting(
+    ready: Sequence[Choice], streams: set[Choice], tokens: float, rows: int = 0
+) -> set[Choice]:
+    """Those not in `streams` that have waited longest for their turn: as many as come nearest to
+    `tokens` of KV, at least one, at most `rows` unless that is 0."""
+    waiting = sorted(
+        (choice for choice in ready if choice not in streams),
+        key=lambda choice: choice.last_planned,
+    )
+    going: set[Choice] = set()
+    for choice in waiting[: rows or None]:
+        if going and choice.length / 2 > tokens:
             break
-        if state.limits.cohort_rows and len(starting) == state.limits.cohort_rows:
-            break
-        starting.add(choice)
-        tokens += choice.length
-    return starting
+        going.add(choice)
+        tokens -= choice.length
+    return going
 
 
 def _fair(choices: Sequence[Choice], budget: int) -> Sequence[Choice]:

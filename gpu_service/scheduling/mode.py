@@ -59,10 +59,10 @@ def decide(
     alone = replace(alone, gpu_only_rate=alone.rate)
     if not demand.queued and not must_offload:
         return replace(alone, why="all fit on the GPU tier")
+    if must_offload:
+        # Also the last ones, with nobody queued: they may be too large for the GPU tier.
+        demand = replace(demand, host_choices=max(1, demand.host_choices))
     candidates = list(_candidates(demand, predictor, limits))
-    if not candidates and must_offload:
-        # The last ones there, too large for the GPU tier.
-        return replace(alone, way=_any_way(limits), host_rows=1.0, why=_HOST_ALONE)
     if not candidates:
         return replace(alone, why="the host tier has room for nobody, or nobody may go there")
     best = max(
@@ -78,11 +78,6 @@ def decide(
         return replace(best, resident_tokens=0.0, why=_HOST_ALONE)
     gain = best.rate / alone.rate - 1 if alone.rate else 0.0
     return replace(alone, why=f"{best.way}, the best with the host, promises {gain:.1%}")
-
-
-def _any_way(limits: SchedulerLimits) -> str:
-    ways = ways_of(limits)
-    return DEFERRED if ways.deferred else INLINE if ways.inline else ASYMMETRIC
 
 
 def _candidates(

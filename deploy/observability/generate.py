@@ -16,6 +16,8 @@ from deploy.observability.alerts import rules
 from deploy.observability.dashboards import DASHBOARDS
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+MONITORING = ROOT / "deploy" / "k8s" / "components" / "monitoring"
 RULES_HEAD = "# Written by python -m deploy.observability.generate; do not edit.\n"
 
 
@@ -35,7 +37,7 @@ def render() -> dict[Path, str]:
         "spec": rules(),
     }
     text = yaml.safe_dump(resource, sort_keys=False, width=120)
-    files[HERE / "alerts" / "prometheusrule.yaml"] = RULES_HEAD + text
+    files[MONITORING / "prometheusrule.yaml"] = RULES_HEAD + text
     return files
 
 
@@ -45,7 +47,7 @@ def main() -> int:
     ]
     if "--check" in sys.argv[1:]:
         for path in stale:
-            print(f"{path.relative_to(HERE.parents[1])} is not current", file=sys.stderr)
+            print(f"{path.relative_to(ROOT)} is not current", file=sys.stderr)
         return 1 if stale else 0
     for path, text in render().items():
         path.parent.mkdir(exist_ok=True)

@@ -15,6 +15,10 @@ from kernels.cpu import DType, ThreadPool
 from neo_common.model_spec import ModelSpec
 
 _GIB = 1 << 30
+_START_SECONDS = 60.0
+"""The service may still be starting."""
+_TOUCHED_GIB_PER_SECOND = 1.0
+"""The pool is touched before the session opens, on one slow core at least this fast."""
 _KV_DTYPES = {
     "float32": DType.FLOAT32,
     "bfloat16": DType.BFLOAT16,
@@ -69,6 +73,7 @@ def open_host_tier(
         transport=config.offload_transport,
         lease_seconds=config.lease_seconds,
         deadline_seconds=config.sweep_deadline_ms / 1e3,
+        open_seconds=_START_SECONDS + config.host_kv_gib / _TOUCHED_GIB_PER_SECOND,
         peer=config,
     )
     options.validate()

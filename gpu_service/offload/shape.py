@@ -84,8 +84,7 @@ class HostTierOptions:
     deadline_seconds: float = 2.0
     """How long one wait of a sweep lasts at most."""
     open_seconds: float = 60.0
-    """How long the first opening may take: the service may still be starting, and the pool is being
-    touched."""
+    """How long the first opening may take."""
     spin_us: int = 50
     """How long a wait spins before it sleeps."""
     peer: PeerSettings = field(default_factory=PeerSettings)

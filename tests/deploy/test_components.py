@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import pytest
@@ -16,7 +18,7 @@ from tests.support.deploy_checks import CHECKS
 from tests.support.manifests import COMPONENTS, K8S, containers, named, overlay, with_components
 from tests.unit.frontend.test_metrics import full_metrics
 
-SCHEMAS_ELSEWHERE = {"ScaledObject", "PodMonitor"}
+SCHEMAS_ELSEWHERE = {"ScaledObject", "PodMonitor", "PrometheusRule"}
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
@@ -68,6 +70,33 @@ def test_both_ways_to_scale_mean_the_same(tmp_path: Path) -> None:
     rules = yaml.safe_load((K8S / "components/external-metrics/adapter-rules.yaml").read_text())
     served = {rule["name"]["as"] for rule in rules["externalRules"]}
     assert {metric["external"]["metric"]["name"] for metric in hpa["metrics"]} == served
+
+
+def test_who_sends_traces_may_send_them(tmp_path: Path) -> None:
+    manifests = with_components(tmp_path, ["tracing"])
+    endpoints = {
+        container.workload: container.environment["NEO_TRACE_ENDPOINT"]
+        for container in containers(manifests)
+        if "NEO_TRACE_ENDPOINT" in container.environment
+    }
+    assert endpoints.keys() == {"neo-router", "neo-gpu"}
+    for workload, endpoint in endpoints.items():
+        url = urlsplit(endpoint)
+        assert url.hostname is not None
+        allowed = allowed_ports(named(manifests, "NetworkPolicy", workload))
+        assert url.port in allowed[url.hostname.partition(".")[2]]
+        assert 53 in allowed["kube-system"], "its name has to be found, too"
+
+
+def allowed_ports(policy: dict[str, Any]) -> dict[str, set[int]]:
+    """Namespace -> ports there that pods under the policy may call."""
+    found: dict[str, set[int]] = {}
+    for rule in policy["spec"]["egress"]:
+        for peer in rule.get("to", ()):
+            labels = peer.get("namespaceSelector", {}).get("matchLabels", {})
+            name = labels.get("kubernetes.io/metadata.name", "")
+            found.setdefault(name, set()).update(port["port"] for port in rule["ports"])
+    return found
 
 
 def test_prometheus_scrapes_ports_that_are_there() -> None:

@@ -151,10 +151,12 @@ OTHERS: dict[str, tuple[Reason, ...]] = {
     "EngineService.WatchLoad": (),
     "EngineService.Drain": (),
     "EngineService.GetInfo": (),
+    "EngineService.ResetPrefixCache": (Reason.ENGINE_LOST,),
     "MachineService.GetMachine": (),
     "RouterService.ListBackends": (),
     "RouterService.WatchBackends": (),
     "RouterService.DrainBackend": (Reason.UNKNOWN_BACKEND, Reason.BACKEND_LOST),
+    "RouterService.ResetBackendPrefixCache": (Reason.UNKNOWN_BACKEND, Reason.BACKEND_LOST),
     "CpuAttentionService.GetCapabilities": (Reason.DRAINING,),
     "CpuAttentionService.Attend": (
         Reason.DRAINING, Reason.FAILED_PRECONDITION, Reason.LAYOUT_MISMATCH, Reason.NOT_COLOCATED,

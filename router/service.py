@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -51,12 +51,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def __init__(
         self,
         registry: Registry,
-        drain_seconds: float,
+        ask_seconds: float,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """ask_seconds: how long a backend may take to answer an operator."""
         self._registry = registry
-        self._drain_seconds = drain_seconds
+        self._ask_seconds = ask_seconds
         self._clock = clock
 
     def _backends(self) -> list[pb.Backend]:
@@ -81,21 +82,45 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             await asyncio.sleep(interval_ms / 1000)
 
     async def DrainBackend(self, request: pb.DrainBackendRequest, context: Any) -> Any:
-        backend = self._registry.get(request.address)
+        backend = self._backend(request.address)
+        stub: Any = engine_pb2_grpc.EngineServiceStub(backend.channel)
+        try:
+            answer = await stub.Drain(engine.DrainRequest(), timeout=self._ask_seconds)
+        except grpc.aio.AioRpcError as error:
+            await self._refuse(backend, error, context)
+        return pb.DrainBackendResponse(live_requests=answer.live_requests)
+
+    async def ResetBackendPrefixCache(
+        self, request: pb.ResetBackendPrefixCacheRequest, context: Any
+    ) -> Any:
+        address = request.address
+        backends = [self._backend(address)] if address else list(self._registry.backends)
+        stubs: list[Any] = [engine_pb2_grpc.EngineServiceStub(b.channel) for b in backends]
+        reset = engine.ResetPrefixCacheRequest()
+        calls = [stub.ResetPrefixCache(reset, timeout=self._ask_seconds) for stub in stubs]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for backend, answer in zip(backends, answers, strict=True):
+            if isinstance(answer, grpc.aio.AioRpcError):
+                await self._refuse(backend, answer, context)
+            if isinstance(answer, BaseException):
+                raise answer
+        return pb.ResetBackendPrefixCacheResponse(addresses=[b.address for b in backends])
+
+    def _backend(self, address: str) -> Backend:
+        backend = self._registry.get(address)
         if backend is None:
             raise ServiceError(
-                Reason.UNKNOWN_BACKEND,
-                f"no backend {request.address!r} is configured",
-                field="address",
+                Reason.UNKNOWN_BACKEND, f"no backend {address!r} is configured", field="address"
             )
-        stub = engine_pb2_grpc.EngineServiceStub(backend.channel)
-        try:
-            answer = await stub.Drain(engine.DrainRequest(), timeout=self._drain_seconds)
-        except grpc.aio.AioRpcError as error:
-            failure = Failure.of(error)
-            if not failure.unreachable:
-                await failure.refuse(context)
-            raise ServiceError(
-                Reason.BACKEND_LOST, f"backend {request.address} cannot be reached"
-            ) from None
-        return pb.DrainBackendResponse(live_requests=answer.live_requests)
+        return backend
+
+    async def _refuse(
+        self, backend: Backend, error: grpc.aio.AioRpcError, context: Any
+    ) -> NoReturn:
+        """In the backend's words, if it has any."""
+        failure = Failure.of(error)
+        if not failure.unreachable:
+            await failure.refuse(context)
+        raise ServiceError(
+            Reason.BACKEND_LOST, f"backend {backend.address} cannot be reached"
+        ) from None

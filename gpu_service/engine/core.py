@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from gpu_service.engine.counters import WorkCounters
-from gpu_service.engine.messages import Abort, Command, Load, Output, Shutdown, Submit, TierLoad
+from gpu_service.engine.messages import (
+    Abort,
+    Command,
+    ForgetPrefixes,
+    Load,
+    Output,
+    Shutdown,
+    Submit,
+    TierLoad,
+)
 from gpu_service.engine.statistics import IterationStatistics, LoadRates
 from gpu_service.engine.traces import RequestTraces
 from gpu_service.model.sampling import SamplingRow
@@ -139,6 +148,8 @@ class EngineCore:
             if command.index is None:
                 self._traces.end(command.request_id)
             self.scheduler.abort(command.request_id, command.index, self._clock())
+        elif isinstance(command, ForgetPrefixes):
+            self.scheduler.forget_prefixes()
         else:
             assert isinstance(command, Shutdown)
             self._stopping = True

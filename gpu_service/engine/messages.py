@@ -69,7 +69,11 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Leave the loop once all live requests have ended."""
 
 
-Command = Submit | Abort | Shutdown
+class ForgetPrefixes(msgspec.Struct, frozen=True, tag=True):
+    """Let nobody find KV that was computed before."""
+
+
+Command = Submit | Abort | ForgetPrefixes | Shutdown
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

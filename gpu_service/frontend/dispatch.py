@@ -24,6 +24,7 @@ from gpu_service.engine.messages import (
     EngineCounters,
     Event,
     Failed,
+    ForgetPrefixes,
     Load,
     Mark,
     Output,
@@ -235,6 +236,13 @@ class Dispatcher:
                 aborted = ChoiceDelta(request_id, choice.index, [], finish="aborted")
                 live.take_in(aborted)
                 await self._engine.send(Abort(request_id, choice.index))
+
+    async def forget_prefixes(self) -> None:
+        """No request that is submitted from now on finds KV of an earlier one. Raises
+        ServiceError without an engine."""
+        if self._failure is not None:
+            raise self._lost()
+        await self._engine.send(ForgetPrefixes())
 
     async def _output(self, output: Output) -> None:
         self._owed_since = self._clock()

@@ -61,6 +61,12 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         self._drain()
         return pb.DrainResponse(live_requests=self._dispatcher.live)
 
+    async def ResetPrefixCache(
+        self, request: pb.ResetPrefixCacheRequest, context: Context
+    ) -> pb.ResetPrefixCacheResponse:
+        await self._dispatcher.forget_prefixes()
+        return pb.ResetPrefixCacheResponse()
+
     async def GetInfo(self, request: pb.GetInfoRequest, context: Context) -> pb.GetInfoResponse:
         return self._info
 

@@ -148,7 +148,7 @@ class BlockAllocator:
         return sum(self._references[block] == 0 for block in blocks)
 
     def forget(self) -> None:
-        """No contents can be found any more: the pool's memory has gone."""
+        """No contents can be found any more."""
         self._free.extend(self._idle)
         self._idle.clear()
         self._keys.clear()

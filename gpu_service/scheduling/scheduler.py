@@ -107,6 +107,11 @@ class Scheduler:
             if choice.state is not ChoiceState.FINISHED:
                 self._finish_choice(choice, now)
 
+    def forget_prefixes(self) -> None:
+        """Let no KV be found that is complete by now."""
+        for pool in self.state.pools.values():
+            pool.forget()
+
     def host_state(self, host: HostTierState, now: float) -> None:
         """What the host tier is like now; call it before each `schedule`."""
         state = self.state

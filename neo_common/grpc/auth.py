@@ -32,6 +32,7 @@ OPERATOR = frozenset(
     {
         "/neo.v1.EngineService/Drain",
         "/neo.v1.EngineService/GetInfo",
+        "/neo.v1.EngineService/ResetPrefixCache",
         "/neo.v1.MachineService/GetMachine",
     }
 )

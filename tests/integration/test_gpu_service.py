@@ -184,6 +184,8 @@ async def test_what_was_computed_is_found_again_by_the_same_tenant(
     after = (await engine.GetLoad(engine_pb2.GetLoadRequest())).load
     assert after.prefix_query_tokens_total - before.prefix_query_tokens_total == 7 * 50
     assert after.prefix_hit_tokens_total - before.prefix_hit_tokens_total == 3 * 48
+    await engine.ResetPrefixCache(engine_pb2.ResetPrefixCacheRequest())
+    assert [await ask("a"), await ask("a"), await ask("a", "s")] == [0, 48, 0]
 
 
 async def test_abort_ends_the_stream(inference: Any, service: Service) -> None:

@@ -286,6 +286,25 @@ async def test_draining_a_backend_lets_its_streams_finish() -> None:
         assert {(await ready.text())[0] for _ in range(4)} == {other.name}
 
 
+async def test_prefix_caches_are_reset_one_by_one_or_all() -> None:
+    async with fake_backends(2) as (a, b), front([a, b]) as ready:
+        reset = ready.operator.ResetBackendPrefixCache
+        asked = router_pb2.ResetBackendPrefixCacheRequest
+        assert list((await reset(asked(address=a.address))).addresses) == [a.address]
+        assert (a.resets, b.resets) == (1, 0)
+        assert list((await reset(asked())).addresses) == [a.address, b.address]
+        assert (a.resets, b.resets) == (2, 1)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reset(asked(address="nobody:1"))
+        assert details(caught).reason == "UNKNOWN_BACKEND"
+        await a.stop()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reset(asked())
+        assert details(caught).reason == "BACKEND_LOST"
+        assert a.address in str(caught.value.details())
+        assert b.resets == 2
+
+
 async def test_draining_what_is_not_there() -> None:
     async with fake_backends(1) as (a,), front([a]) as ready:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -50,6 +50,10 @@ TESTS: dict[str, tuple[str, str]] = {
     ),
     "EngineService.Drain": (f"{GPU}::test_drain_rpc_then_sigterm", f"{GPU}::test_malformed_bytes"),
     "EngineService.GetInfo": (f"{GPU}::test_load_and_info", f"{GPU}::test_malformed_bytes"),
+    "EngineService.ResetPrefixCache": (
+        f"{GPU}::test_what_was_computed_is_found_again_by_the_same_tenant",
+        f"{GPU}::test_malformed_bytes",
+    ),
     "CpuAttentionService.Attend": (
         "tests/integration/test_offload.py", f"{CPU}::test_the_first_message_must_open",
     ),
@@ -66,6 +70,10 @@ TESTS: dict[str, tuple[str, str]] = {
     "RouterService.DrainBackend": (
         f"{ROUTER}::test_draining_a_backend_lets_its_streams_finish",
         f"{ROUTER}::test_draining_what_is_not_there",
+    ),
+    "RouterService.ResetBackendPrefixCache": (
+        f"{ROUTER}::test_prefix_caches_are_reset_one_by_one_or_all",
+        f"{ROUTER}::test_prefix_caches_are_reset_one_by_one_or_all",
     ),
     "GRPCInferenceService.ServerLive": (
         f"{COMPATIBLE}::test_triton_describes_the_model", f"{COMPATIBLE}::test_malformed_bytes",

@@ -50,6 +50,7 @@ class FakeBackend(
     report_load: bool = True
     live_ids: set[str] = field(default_factory=set)
     drained: int = 0
+    resets: int = 0
     models: tuple[str, ...] = ()
     """That it reports to serve."""
     _server: Any = None
@@ -200,6 +201,10 @@ class FakeBackend(
         self.drained += 1
         self.state = engine.ENGINE_STATE_DRAINING
         return engine.DrainResponse(live_requests=self.live)
+
+    async def ResetPrefixCache(self, request: Any, context: Any) -> Any:
+        self.resets += 1
+        return engine.ResetPrefixCacheResponse()
 
 
 @contextlib.asynccontextmanager

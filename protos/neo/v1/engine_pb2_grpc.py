@@ -54,6 +54,11 @@ class EngineServiceStub:
                 request_serializer=neo_dot_v1_dot_engine__pb2.GetInfoRequest.SerializeToString,
                 response_deserializer=neo_dot_v1_dot_engine__pb2.GetInfoResponse.FromString,
                 _registered_method=True)
+        self.ResetPrefixCache = channel.unary_unary(
+                '/neo.v1.EngineService/ResetPrefixCache',
+                request_serializer=neo_dot_v1_dot_engine__pb2.ResetPrefixCacheRequest.SerializeToString,
+                response_deserializer=neo_dot_v1_dot_engine__pb2.ResetPrefixCacheResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServiceServicer:
@@ -85,6 +90,13 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetPrefixCache(self, request, context):
+        """No request that comes after the answer finds KV of an earlier one; what runs goes on. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +119,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.GetInfo,
                     request_deserializer=neo_dot_v1_dot_engine__pb2.GetInfoRequest.FromString,
                     response_serializer=neo_dot_v1_dot_engine__pb2.GetInfoResponse.SerializeToString,
+            ),
+            'ResetPrefixCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetPrefixCache,
+                    request_deserializer=neo_dot_v1_dot_engine__pb2.ResetPrefixCacheRequest.FromString,
+                    response_serializer=neo_dot_v1_dot_engine__pb2.ResetPrefixCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -217,6 +234,33 @@ class EngineService:
             '/neo.v1.EngineService/GetInfo',
             neo_dot_v1_dot_engine__pb2.GetInfoRequest.SerializeToString,
             neo_dot_v1_dot_engine__pb2.GetInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetPrefixCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/neo.v1.EngineService/ResetPrefixCache',
+            neo_dot_v1_dot_engine__pb2.ResetPrefixCacheRequest.SerializeToString,
+            neo_dot_v1_dot_engine__pb2.ResetPrefixCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

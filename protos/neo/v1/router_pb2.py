@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos.neo.v1 import engine_pb2 as neo_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13neo/v1/router.proto\x12\x06neo.v1\x1a\x13neo/v1/engine.proto\"\xce\x01\n\x07\x42\x61\x63kend\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.neo.v1.BackendState\x12\x11\n\tin_flight\x18\x03 \x01(\r\x12\x13\n\x0b\x63\x61lls_total\x18\x04 \x01(\x04\x12\x16\n\x0e\x66\x61ilures_total\x18\x05 \x01(\x04\x12\"\n\x04load\x18\x06 \x01(\x0b\x32\x14.neo.v1.LoadSnapshot\x12\x18\n\x10load_age_seconds\x18\x07 \x01(\x01\x12\x0f\n\x07problem\x18\x08 \x01(\t\"\x15\n\x13ListBackendsRequest\"9\n\x14ListBackendsResponse\x12!\n\x08\x62\x61\x63kends\x18\x01 \x03(\x0b\x32\x0f.neo.v1.Backend\"+\n\x14WatchBackendsRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\":\n\x15WatchBackendsResponse\x12!\n\x08\x62\x61\x63kends\x18\x01 \x03(\x0b\x32\x0f.neo.v1.Backend\"&\n\x13\x44rainBackendRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"-\n\x14\x44rainBackendResponse\x12\x15\n\rlive_requests\x18\x01 \x01(\r*\x92\x01\n\x0c\x42\x61\x63kendState\x12\x1d\n\x19\x42\x41\x43KEND_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42\x41\x43KEND_STATE_UP\x10\x01\x12\x19\n\x15\x42\x41\x43KEND_STATE_SUSPECT\x10\x02\x12\x16\n\x12\x42\x41\x43KEND_STATE_DOWN\x10\x03\x12\x1a\n\x16\x42\x41\x43KEND_STATE_DRAINING\x10\x04\x32\xf5\x01\n\rRouterService\x12I\n\x0cListBackends\x12\x1b.neo.v1.ListBackendsRequest\x1a\x1c.neo.v1.ListBackendsResponse\x12N\n\rWatchBackends\x12\x1c.neo.v1.WatchBackendsRequest\x1a\x1d.neo.v1.WatchBackendsResponse0\x01\x12I\n\x0c\x44rainBackend\x12\x1b.neo.v1.DrainBackendRequest\x1a\x1c.neo.v1.DrainBackendResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13neo/v1/router.proto\x12\x06neo.v1\x1a\x13neo/v1/engine.proto\"\xce\x01\n\x07\x42\x61\x63kend\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12#\n\x05state\x18\x02 \x01(\x0e\x32\x14.neo.v1.BackendState\x12\x11\n\tin_flight\x18\x03 \x01(\r\x12\x13\n\x0b\x63\x61lls_total\x18\x04 \x01(\x04\x12\x16\n\x0e\x66\x61ilures_total\x18\x05 \x01(\x04\x12\"\n\x04load\x18\x06 \x01(\x0b\x32\x14.neo.v1.LoadSnapshot\x12\x18\n\x10load_age_seconds\x18\x07 \x01(\x01\x12\x0f\n\x07problem\x18\x08 \x01(\t\"\x15\n\x13ListBackendsRequest\"9\n\x14ListBackendsResponse\x12!\n\x08\x62\x61\x63kends\x18\x01 \x03(\x0b\x32\x0f.neo.v1.Backend\"+\n\x14WatchBackendsRequest\x12\x13\n\x0binterval_ms\x18\x01 \x01(\r\":\n\x15WatchBackendsResponse\x12!\n\x08\x62\x61\x63kends\x18\x01 \x03(\x0b\x32\x0f.neo.v1.Backend\"1\n\x1eResetBackendPrefixCacheRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"4\n\x1fResetBackendPrefixCacheResponse\x12\x11\n\taddresses\x18\x01 \x03(\t\"&\n\x13\x44rainBackendRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"-\n\x14\x44rainBackendResponse\x12\x15\n\rlive_requests\x18\x01 \x01(\r*\x92\x01\n\x0c\x42\x61\x63kendState\x12\x1d\n\x19\x42\x41\x43KEND_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42\x41\x43KEND_STATE_UP\x10\x01\x12\x19\n\x15\x42\x41\x43KEND_STATE_SUSPECT\x10\x02\x12\x16\n\x12\x42\x41\x43KEND_STATE_DOWN\x10\x03\x12\x1a\n\x16\x42\x41\x43KEND_STATE_DRAINING\x10\x04\x32\xe1\x02\n\rRouterService\x12I\n\x0cListBackends\x12\x1b.neo.v1.ListBackendsRequest\x1a\x1c.neo.v1.ListBackendsResponse\x12N\n\rWatchBackends\x12\x1c.neo.v1.WatchBackendsRequest\x1a\x1d.neo.v1.WatchBackendsResponse0\x01\x12I\n\x0c\x44rainBackend\x12\x1b.neo.v1.DrainBackendRequest\x1a\x1c.neo.v1.DrainBackendResponse\x12j\n\x17ResetBackendPrefixCache\x12&.neo.v1.ResetBackendPrefixCacheRequest\x1a\'.neo.v1.ResetBackendPrefixCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'neo.v1.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BACKENDSTATE']._serialized_start=536
-  _globals['_BACKENDSTATE']._serialized_end=682
+  _globals['_BACKENDSTATE']._serialized_start=641
+  _globals['_BACKENDSTATE']._serialized_end=787
   _globals['_BACKEND']._serialized_start=53
   _globals['_BACKEND']._serialized_end=259
   _globals['_LISTBACKENDSREQUEST']._serialized_start=261
@@ -44,10 +44,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHBACKENDSREQUEST']._serialized_end=386
   _globals['_WATCHBACKENDSRESPONSE']._serialized_start=388
   _globals['_WATCHBACKENDSRESPONSE']._serialized_end=446
-  _globals['_DRAINBACKENDREQUEST']._serialized_start=448
-  _globals['_DRAINBACKENDREQUEST']._serialized_end=486
-  _globals['_DRAINBACKENDRESPONSE']._serialized_start=488
-  _globals['_DRAINBACKENDRESPONSE']._serialized_end=533
-  _globals['_ROUTERSERVICE']._serialized_start=685
-  _globals['_ROUTERSERVICE']._serialized_end=930
+  _globals['_RESETBACKENDPREFIXCACHEREQUEST']._serialized_start=448
+  _globals['_RESETBACKENDPREFIXCACHEREQUEST']._serialized_end=497
+  _globals['_RESETBACKENDPREFIXCACHERESPONSE']._serialized_start=499
+  _globals['_RESETBACKENDPREFIXCACHERESPONSE']._serialized_end=551
+  _globals['_DRAINBACKENDREQUEST']._serialized_start=553
+  _globals['_DRAINBACKENDREQUEST']._serialized_end=591
+  _globals['_DRAINBACKENDRESPONSE']._serialized_start=593
+  _globals['_DRAINBACKENDRESPONSE']._serialized_end=638
+  _globals['_ROUTERSERVICE']._serialized_start=790
+  _globals['_ROUTERSERVICE']._serialized_end=1143
 # @@protoc_insertion_point(module_scope)

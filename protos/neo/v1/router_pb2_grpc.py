@@ -49,6 +49,11 @@ class RouterServiceStub:
                 request_serializer=neo_dot_v1_dot_router__pb2.DrainBackendRequest.SerializeToString,
                 response_deserializer=neo_dot_v1_dot_router__pb2.DrainBackendResponse.FromString,
                 _registered_method=True)
+        self.ResetBackendPrefixCache = channel.unary_unary(
+                '/neo.v1.RouterService/ResetBackendPrefixCache',
+                request_serializer=neo_dot_v1_dot_router__pb2.ResetBackendPrefixCacheRequest.SerializeToString,
+                response_deserializer=neo_dot_v1_dot_router__pb2.ResetBackendPrefixCacheResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer:
@@ -74,6 +79,14 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetBackendPrefixCache(self, request, context):
+        """Calls EngineService.ResetPrefixCache of one backend, or of each. NOT_FOUND if the router does not know the address;
+        UNAVAILABLE if one cannot be reached, after the others were asked. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -91,6 +104,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.DrainBackend,
                     request_deserializer=neo_dot_v1_dot_router__pb2.DrainBackendRequest.FromString,
                     response_serializer=neo_dot_v1_dot_router__pb2.DrainBackendResponse.SerializeToString,
+            ),
+            'ResetBackendPrefixCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetBackendPrefixCache,
+                    request_deserializer=neo_dot_v1_dot_router__pb2.ResetBackendPrefixCacheRequest.FromString,
+                    response_serializer=neo_dot_v1_dot_router__pb2.ResetBackendPrefixCacheResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -174,6 +192,33 @@ class RouterService:
             '/neo.v1.RouterService/DrainBackend',
             neo_dot_v1_dot_router__pb2.DrainBackendRequest.SerializeToString,
             neo_dot_v1_dot_router__pb2.DrainBackendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetBackendPrefixCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/neo.v1.RouterService/ResetBackendPrefixCache',
+            neo_dot_v1_dot_router__pb2.ResetBackendPrefixCacheRequest.SerializeToString,
+            neo_dot_v1_dot_router__pb2.ResetBackendPrefixCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

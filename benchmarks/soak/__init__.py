@@ -1,0 +1,1 @@
+"""Hours under load and faults: `python -m benchmarks.soak`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def _held(at: float, name: str, pid: int) -> Held | None:
             line.split(":")[0]: int(line.split()[1]) / 1024
             for line in (folder / "smaps_rollup").read_text().splitlines()[1:]
         }
-        links = [os.readlink(entry) for entry in (folder / "fd").iterdir()]
+        links = _links(folder / "fd")
         status = (folder / "status").read_text()
         times = (folder / "stat").read_text().rpartition(")")[2].split()
     except (OSError, IndexError, ValueError):
@@ -77,6 +78,15 @@ def _held(at: float, name: str, pid: int) -> Held | None:
         threads=int(threads.split()[1]),
         cpu_seconds=(int(times[11]) + int(times[12])) / _TICK,
     )  # fmt: skip
+
+
+def _links(folder: Path) -> list[str]:
+    """Of open descriptors; without one that is closed meanwhile, such as that of the listing."""
+    found = []
+    for entry in folder.iterdir():
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(entry))
+    return found
 
 
 def probe_ms() -> float:

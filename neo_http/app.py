@@ -7,8 +7,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,8 @@ class Api:
         self._parts = parts
         self._vocabulary = Vocabulary()
         self._started = int(time.time())
+        self._held_bytes = 0
+        """Of bodies that are coming in or being answered."""
         self.busy: set[Any] = set()
         """Connections with a request under way, as aiohttp's protocols."""
 
@@ -137,7 +139,7 @@ class Api:
     def _generating(self, read: Callable[[bytes], Question]) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             ask = await self._enter(request, "GenerateStream")
-            with self._parts.admitted():
+            with self._parts.admitted(), self._held(self._size(request)):
                 question = read(await self._body(request))
                 if question.timeout_seconds is not None:
                     ask.call.limit(question.timeout_seconds)
@@ -151,16 +153,33 @@ class Api:
 
         return handle
 
+    def _size(self, request: web.Request) -> int:
+        """Bytes of the body at most. Raises HTTPRequestEntityTooLarge."""
+        size, most = request.content_length, self._parts.settings.http_max_body_mib << 20
+        if size is not None and size > most:
+            raise web.HTTPRequestEntityTooLarge(most, size)
+        return most if size is None else size
+
+    @contextmanager
+    def _held(self, size: int) -> Iterator[None]:
+        """Raises ServiceError when there is no room for so many bytes more."""
+        if self._held_bytes + size > self._parts.settings.http_bodies_mib << 20:
+            raise ServiceError(
+                Reason.OVERLOADED, "too many large requests are under way", retry_after=1.0
+            )
+        self._held_bytes += size
+        try:
+            yield
+        finally:
+            self._held_bytes -= size
+
     async def _body(self, request: web.Request) -> bytes:
-        """Raises ServiceError, or HTTPRequestEntityTooLarge."""
+        """Raises an HTTPException."""
         if request.content_type != "application/json":
             # Browsers ask before they send this type to other sites, and need not for others.
             raise web.HTTPUnsupportedMediaType(text="Content-Type must be application/json")
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise web.HTTPUnsupportedMediaType(text="Content-Encoding is not supported")
-        size, most = request.content_length, self._parts.settings.http_max_body_mib << 20
-        if size is not None and size > most:
-            raise web.HTTPRequestEntityTooLarge(most, size)
         try:
             async with asyncio.timeout(self._parts.settings.http_body_seconds):
                 return await request.read()

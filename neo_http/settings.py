@@ -15,6 +15,8 @@ class HttpSettings:
     Empty: none."""
     http_max_body_mib: int = 8
     """Largest body of an HTTP request; larger ones end with 413."""
+    http_bodies_mib: int = 256
+    """Bodies of HTTP requests under way, together; what is too much ends with 429."""
     http_body_seconds: float = 30.0
     """How long a request's body may take to arrive."""
     http_max_connections: int = 4096
@@ -27,6 +29,8 @@ class HttpSettings:
         for name in ("http_max_body_mib", "http_max_connections"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.http_bodies_mib < self.http_max_body_mib:
+            raise ValueError("http_bodies_mib must be at least http_max_body_mib")
         for name in ("http_body_seconds", "http_idle_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0")

@@ -75,6 +75,24 @@ async def test_too_many_calls() -> None:
         assert (await http.get("/health")).status == 200
 
 
+async def test_too_much_at_once() -> None:
+    """A body counts until its answer has ended."""
+    large = {**COMPLETION, "prompt": "x" * (600 << 10)}
+    limits = {"http_max_body_mib": 1, "http_bodies_mib": 1}
+    async with fake_backends(1) as (a,), http_front([a], **limits) as http:
+        a.hold = asyncio.Event()
+        async with http.stream("/v1/completions", large) as answer:
+            stream = events(answer)
+            await begun(stream)
+            reply = await http.post("/v1/completions", large)
+            assert (reply.status, reply.error["code"]) == (429, "OVERLOADED")
+            assert reply.headers["Retry-After"] == "1"
+            a.hold.set()
+            assert [event async for event in stream][-1] == "[DONE]"
+        assert (await http.post("/v1/completions", large)).status == 200
+        assert (await http.post("/v1/completions", COMPLETION)).status == 200
+
+
 async def test_a_deadline_of_the_client() -> None:
     async with fake_backends(1) as (a,), http_front([a]) as http:
         a.hold = asyncio.Event()

@@ -99,7 +99,7 @@ def run_on_cpu(directory: Path, asked: list[Submit]) -> Answers:
     ("how", "preempt_every"),
     [
         ({"offload": "never", "max_batch_tokens": 11}, 0),
-        ({"offload": "never", "max_batch_tokens": 64}, 3),
+        pytest.param({"offload": "never", "max_batch_tokens": 64}, 3, marks=pytest.mark.slow),
         ({"offload": "auto", "force_migration_every": 3, "max_batch_tokens": 64}, 0),
     ],
     ids=["chunked", "preempted", "migrated"],

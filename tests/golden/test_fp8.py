@@ -48,5 +48,5 @@ def test_cpu_device(family: str, dtype: str, how: dict[str, Any], tmp_path: Path
 def test_as_on_a_cuda_device(family: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     directory = tiny_model_dir(tmp_path, family, head_dim=16)
-    made = config(directory, max_batch_tokens=11)
+    made = config(directory, max_batch_tokens=64)
     check(triton_core(made, load_model(directory, quantization="fp8")), directory, 5)

@@ -14,7 +14,7 @@ from tests.support import gguf_models, models
 from tests.support.prompts import LENGTHS, real_prompts
 from tests.support.smollm2 import smollm2_reference
 
-FEW = (0, 7, 11)
+FEW = (0, 7)
 NEW_TOKENS = 16
 
 
@@ -29,7 +29,7 @@ def prompts() -> list[list[int]]:
 
 
 def few_or_slow() -> list[object]:
-    """Three prompts by default, all twenty in the slow tier."""
+    """Two prompts by default, all twenty in the slow tier."""
     slow = pytest.mark.slow
     return [i if i in FEW else pytest.param(i, marks=slow) for i in range(len(LENGTHS))]
 

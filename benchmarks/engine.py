@@ -12,6 +12,7 @@ to do.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import random
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from gpu_service.engine.build import build_core
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import SamplingSpec, Submit
 from gpu_service.scheduling.plan import IterationPlan, SweepResult
+from gpu_service.scheduling.scheduler import Scheduler
 from gpu_service.scheduling.steering import Accounts
 from neo_client.fingerprint import fingerprint
 from neo_client.workloads import Lengths, read_workload
@@ -103,6 +105,8 @@ def run(
             tokens += usage.completion_tokens
             host_tokens += usage.host_tokens
     seconds = time.perf_counter() - started
+    while core.made_progress:
+        core.step()  # what was launched ahead of the last results
     assert tokens == sum(request.output for request in lengths), "tokens are missing"
     first, last = ends[len(ends) // 5], ends[-(len(ends) // 5) - 1]
     middle = (len(ends) - 2 * (len(ends) // 5) - 1) / (last - first) if last > first else 0.0
@@ -122,6 +126,18 @@ def run(
         "decode_iteration_ms": _decode_times(phases),
         "decisions": decisions(core, seconds),
     }
+
+
+def gpu_only(core: EngineCore) -> EngineCore:
+    """Another core over the same model and pools whose requests stay on the GPU tier; either may
+    run while the other has no request."""
+    steering = core.scheduler.steering
+    limits = replace(
+        core.scheduler.limits, offload="never", host_blocks=0, auto=False, cohorts=0,
+        asymmetric=False, staged_prompts=False,
+    )  # fmt: skip
+    costs = None if steering.predictor is None else copy.deepcopy(steering.predictor.costs)
+    return EngineCore(Scheduler(limits, costs), core.runner, core.host, core.vocab_size)
 
 
 def decisions(core: EngineCore, seconds: float) -> dict[str, Any]:
@@ -188,12 +204,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--host-kv-dtype", default="auto")
     made.add_argument("--streamed-kv-blocks", type=int, default=0)
     made.add_argument("--cpu-threads", type=int, default=0, help="0: all cores but two")
+    made.add_argument(
+        "--gpu-only-too", action="store_true",
+        help="before each workload the same with the GPU tier alone, on the same engine; its ratio",
+    )  # fmt: skip
     made.add_argument("--json", type=Path, help="write all figures here")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    if args.gpu_only_too and args.streamed_kv_blocks:
+        raise SystemExit("--gpu-only-too: without --streamed-kv-blocks the GPU has more blocks")
     with open_engine(args) as core:
         figures = _measure(args, core)
     if args.json:
@@ -239,15 +261,28 @@ def open_engine(args: argparse.Namespace) -> Iterator[EngineCore]:
 
 def _measure(args: argparse.Namespace, core: EngineCore) -> dict[str, Any]:
     figures: dict[str, Any] = {}
+    alone = gpu_only(core) if args.gpu_only_too else None
     run(core, read_workload("64x8", min(args.requests, 32)), args.seed + 1, {})  # warm up
     for workload, sampling in itertools.product(
         args.workload or ["1000x200"], args.sampling or ["{}"]
     ):
         name = workload if sampling == "{}" else f"{workload} {sampling}"
         lengths = read_workload(workload, args.requests, args.seed)
-        figures[name] = run(core, lengths, args.seed, json.loads(sampling))
+        given = (lengths, args.seed, json.loads(sampling))
+        if alone is not None:
+            figures[f"{name} alone"] = run(alone, *given)
+            print(f"{args.model} {name} alone: {json.dumps(figures[f'{name} alone'])}", flush=True)
+        figures[name] = run(core, *given)
+        if alone is not None:
+            figures[name]["ratio"] = _ratio(figures[name], figures[f"{name} alone"])
         print(f"{args.model} {name}: {json.dumps(figures[name])}", flush=True)
     return figures
+
+
+def _ratio(found: dict[str, Any], alone: dict[str, Any]) -> dict[str, float]:
+    """Of rates: the whole run's, and the middle's."""
+    rates = ("requests_per_second", "middle_requests_per_second")
+    return {rate: round(found[rate] / alone[rate], 4) for rate in rates if alone[rate]}
 
 
 def _progress(stage: str, done: int, total: int) -> None:

@@ -132,6 +132,10 @@ class EngineCore:
         """Shutdown was asked for and no request is left."""
         return self._stopping and self.scheduler.live_requests == 0
 
+    @property
+    def runner(self) -> Runner:
+        return self._runner
+
     def handle(self, command: Command) -> None:
         """Take in one command; what it leads to comes out of the next `step`."""
         if isinstance(command, Submit):

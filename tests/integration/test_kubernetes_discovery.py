@@ -18,7 +18,7 @@ from router.discovery.kubernetes import ApiServer, follow
 from router.discovery.targets import KubernetesTarget
 from router.views import BackendState
 from tests.support.fake_backend import fake_backends
-from tests.support.front import front, rest
+from tests.support.front import deltas_left, front
 
 GPU = KubernetesTarget("ns", "gpu", "7001")
 PATH = "/apis/discovery.k8s.io/v1/namespaces/ns/endpointslices"
@@ -244,7 +244,7 @@ async def test_a_router_follows_the_pods_of_a_service() -> None:
             await ready.states(BackendState.DRAINING, BackendState.UP)
             a.hold.set()
             b.hold.set()
-            left = await asyncio.gather(*(rest(call) for call in calls))
-            assert [len(messages) for messages in left] == [3] * 4, "what it had was finished"
+            left = await asyncio.gather(*(deltas_left(call) for call in calls))
+            assert left == [3] * 4, "what it had was finished"
             await ready.states(BackendState.UP)
             assert await ready.text() == "b0 b1 b2 "

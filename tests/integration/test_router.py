@@ -19,7 +19,7 @@ from router.app import ROUTER_SERVICE, running
 from router.config import RouterConfig
 from router.views import BackendState
 from tests.support.fake_backend import fake_backends
-from tests.support.front import details, front, rest
+from tests.support.front import deltas_left, details, front
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -282,7 +282,7 @@ async def test_draining_a_backend_lets_its_streams_finish() -> None:
         states = {serving.name: BackendState.DRAINING, other.name: BackendState.UP}
         await ready.states(states["a"], states["b"])
         serving.hold.set()  # type: ignore[union-attr]
-        assert len(await rest(call)) == 3
+        assert await deltas_left(call) == 3
         assert {(await ready.text())[0] for _ in range(4)} == {other.name}
 
 
@@ -346,7 +346,7 @@ async def test_the_router_drains() -> None:
             await ready.text()
         assert details(caught).reason == "DRAINING"
         a.hold.set()
-        assert len(await rest(call)) == 3
+        assert await deltas_left(call) == 3
         assert await stopping
 
 

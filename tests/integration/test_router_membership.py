@@ -16,7 +16,7 @@ from protos.neo.v1 import inference_pb2 as inference
 from router.keys import MODEL_HEADER
 from router.views import BackendState
 from tests.support.fake_backend import fake_backends
-from tests.support.front import details, front, rest
+from tests.support.front import deltas_left, details, front
 
 UP, DRAINING = BackendState.UP, BackendState.DRAINING
 
@@ -43,7 +43,7 @@ async def test_a_backend_that_is_removed_finishes_what_it_has() -> None:
             await ready.inference.Abort(inference.AbortRequest(request_id="other"))
         assert details(caught).reason == "REQUEST_NOT_FOUND", "it is still asked"
         a.hold.set()
-        assert len(await rest(call)) == 3
+        assert await deltas_left(call) == 3
         await ready.states(UP)
         assert [backend.address for backend in ready.router.registry.backends] == [b.address]
 
@@ -62,7 +62,7 @@ async def test_a_backend_that_comes_back_while_it_drains_stays() -> None:
             ready.router.registry.apply(addresses)
             await ready.states(*states)
         a.hold.set()
-        assert [len(await rest(call)) for call in calls] == [3, 3]
+        assert [await deltas_left(call) for call in calls] == [3, 3]
         assert len(ready.router.registry.backends) == 2
 
 

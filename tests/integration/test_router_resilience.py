@@ -15,7 +15,7 @@ from protos.neo.v1 import inference_pb2 as inference
 from router.retry import MIN_RETRIES
 from router.views import BackendState
 from tests.support.fake_backend import FakeBackend, fake_backends
-from tests.support.front import Front, details, front, rest
+from tests.support.front import Front, deltas_left, details, front
 
 UP = BackendState.UP
 INTERNAL = ServiceError(Reason.INTERNAL_ERROR, "internal error")
@@ -146,7 +146,9 @@ async def test_a_slow_first_message_is_hedged() -> None:
         texts = await asyncio.gather(*(ready.text() for _ in range(6)))
         assert set(texts) == {"b0 b1 b2 "}
         hedged = metric(ready, "neo_router_hedges_total")
-        assert hedged == metric(ready, "neo_router_hedges_won_total") == len(slow.requests) > 0
+        # On a busy machine the quick one may be late, too: then the slow one does not win.
+        assert hedged == len(slow.requests)
+        assert 0 < metric(ready, "neo_router_hedges_won_total") <= hedged
         async with asyncio.timeout(10):
             await slow.cancelled.wait()
         await ready.states(UP, UP)
@@ -173,7 +175,7 @@ async def test_nothing_is_hedged_unless_told() -> None:
         assert metric(ready, "neo_router_hedges_total") == 0
         for backend in backends:
             backend.begin.set()  # type: ignore[union-attr]
-        assert len(await rest(call)) == 4
+        assert await deltas_left(call) == 4
         assert sum(len(backend.requests) for backend in backends) == 1
 
 

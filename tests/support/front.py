@@ -98,5 +98,10 @@ async def rest(call: Any) -> list[Any]:
     return messages
 
 
+async def deltas_left(call: Any) -> int:
+    """What `rest` holds, however a busy router joined it."""
+    return sum(len(message.deltas) for message in await rest(call))
+
+
 def details(error: pytest.ExceptionInfo[grpc.aio.AioRpcError]) -> ErrorDetails:
     return ErrorDetails(error.value)

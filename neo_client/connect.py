@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from neo_client.trace import trace_metadata
+from neo_common.grpc.keepalive import keepalive
 from neo_common.grpc.settings import is_loopback
 from neo_common.grpc.tls import TlsFiles, channel_credentials
 
@@ -99,8 +100,7 @@ class Connection:
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             # A half-open connection is noticed within a minute, also while a stream waits for
             # tokens.
-            ("grpc.keepalive_time_ms", 45_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
+            *keepalive(45.0, 10.0),
         )
         if tls is not None and tls.name:
             self._options += (("grpc.ssl_target_name_override", tls.name),)

@@ -13,6 +13,7 @@ import grpc.aio
 
 from neo_common import metrics
 from neo_common.grpc.channel import peer_credentials, peer_options
+from neo_common.grpc.keepalive import keepalive
 from neo_common.grpc.server import ServiceServer
 from neo_common.grpc.settings import admin_address
 from neo_common.tracing import open_tracer
@@ -137,8 +138,12 @@ class Router:
             ("grpc.max_send_message_length", limit),
             # Retries are the forwarder's, which knows other backends.
             ("grpc.enable_retries", 0),
-            ("grpc.keepalive_time_ms", 10_000),
-            ("grpc.keepalive_timeout_ms", 5_000),
+            # So much is read of an answer that its client does not take. gRPC's own guess at what
+            # the way holds grows to megabytes, for each stream.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", 128 << 10),
+            # Calls on a backend whose host has gone end within 20 s.
+            *keepalive(10.0, 10.0),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", round(self.config.max_reconnect_seconds * 1000)),

@@ -23,17 +23,19 @@ from grpc_reflection.v1alpha import reflection
 from neo_common.grpc.auth import Access, Authenticator
 from neo_common.grpc.guard import Guard
 from neo_common.grpc.health import LIVENESS, Health
+from neo_common.grpc.keepalive import keepalive
 from neo_common.grpc.settings import ListenSettings, is_loopback
 from neo_common.grpc.tls import TlsFiles, server_credentials
 
 MAX_PORT = 65535
-# Half-open connections (a client's host gone without a FIN) are found within a minute.
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    # Half-open connections (a client's host gone without a FIN) are found within a minute.
+    *keepalive(30.0, 20.0),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # Clients may look as often while an answer is long in coming: by default the fourth ping within
+    # five minutes each ends the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     # A burst that we did not get to yet would otherwise end as CANCELLED, at random from 1000 calls
     # on: what is too much is for us to refuse, with a reason and a delay.
     ("grpc.server.max_pending_requests", 100_000),

@@ -177,6 +177,14 @@ def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 async def _answer(method: str, error: Exception, context: Context) -> None:
     if isinstance(error, grpc.aio.AbortError):  # the handler has answered already
         raise error
+    with contextlib.suppress(grpc.aio.InternalError):
+        if not isinstance(error, grpc.aio.InternalError):
+            await _tell(method, error, context)
+    # What we had to say could not be sent: the client is gone, whether gRPC has told us or not.
+    raise asyncio.CancelledError
+
+
+async def _tell(method: str, error: Exception, context: Context) -> None:
     to_status = getattr(error, "to_status", None)
     if to_status is not None:
         await context.abort_with_status(to_status())

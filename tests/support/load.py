@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import grpc
 
+from neo_common.errors import ErrorDetails
 from protos.neo.v1 import engine_pb2, engine_pb2_grpc, inference_pb2_grpc, types_pb2
 from protos.neo.v1 import inference_pb2 as inference
 
@@ -19,12 +20,14 @@ VOCABULARY = 96
 
 @dataclass(frozen=True)
 class Job:
-    """One greedy request: its prompt, its length, and after how many tokens its client gives up."""
+    """One greedy request: its prompt, its length, and after how many tokens its client gives up.
+    salt: finds KV of no others but those with the same."""
 
     prompt: tuple[int, ...]
     output_tokens: int
     cancel_after: int | None = None
     placement: int = types_pb2.PLACEMENT_AUTO
+    salt: str = ""
 
     def request(self) -> inference.GenerateRequest:
         return inference.GenerateRequest(
@@ -32,18 +35,20 @@ class Job:
             sampling=types_pb2.SamplingParams(
                 temperature=0, max_tokens=self.output_tokens, ignore_eos=True
             ),
-            scheduling=types_pb2.SchedulingParams(placement=self.placement),
+            scheduling=types_pb2.SchedulingParams(placement=self.placement, cache_salt=self.salt),
             token_ids_only=True,
         )
 
 
 @dataclass
 class Answer:
-    """What came back: tokens in order, the usage if the stream ended by itself, else the error."""
+    """What came back: tokens in order, the usage if the stream ended by itself, else the error and
+    its reason."""
 
     tokens: list[int]
     usage: types_pb2.Usage | None = None
     error: grpc.StatusCode | None = None
+    reason: str = ""
 
 
 def random_jobs(count: int, seed: int, *, cancelled: float = 0.0) -> list[Job]:
@@ -60,7 +65,13 @@ def random_jobs(count: int, seed: int, *, cancelled: float = 0.0) -> list[Job]:
     return jobs
 
 
-async def run_job(address: str, job: Job, seconds: float = 120.0) -> Answer:
+async def run_job(
+    address: str,
+    job: Job,
+    seconds: float = 120.0,
+    told: Callable[[Answer], None] = lambda _: None,
+) -> Answer:
+    """`told`: called with the answer so far, after each message."""
     answer = Answer([])
     async with grpc.aio.insecure_channel(address) as channel:
         call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(
@@ -72,12 +83,35 @@ async def run_job(address: str, job: Job, seconds: float = 120.0) -> Answer:
                     answer.tokens += delta.token_ids
                 if message.HasField("usage"):
                     answer.usage = message.usage
+                told(answer)
                 if job.cancel_after is not None and len(answer.tokens) >= job.cancel_after:
                     call.cancel()
                     break
         except grpc.aio.AioRpcError as error:
-            answer.error = error.code()
+            answer.error, answer.reason = error.code(), ErrorDetails(error).reason
     return answer
+
+
+class Stream:
+    """A job that runs in the background, and whose answer so far can be looked at."""
+
+    def __init__(self, address: str, job: Job, seconds: float = 120.0) -> None:
+        self.job = job
+        self.tokens = 0
+        self._news = asyncio.Event()
+        self.task = asyncio.create_task(run_job(address, job, seconds, self._told))
+        self.task.add_done_callback(lambda _: self._news.set())
+
+    def _told(self, answer: Answer) -> None:
+        self.tokens = len(answer.tokens)
+        self._news.set()
+
+    async def until(self, tokens: int) -> None:
+        """Until that many tokens have come; fails when the stream ends before."""
+        while self.tokens < tokens:
+            assert not self.task.done(), f"ended after {self.tokens} tokens: {self.task.result()}"
+            self._news.clear()
+            await self._news.wait()
 
 
 async def run_jobs(address: str, jobs: list[Job], concurrency: int | None = None) -> list[Answer]:

@@ -1,0 +1,279 @@
+"""Every process, hit in every way at every moment, with the real processes: what clients get, that
+the others go on, and that nothing is left behind. docs/guarantees.md says it in words."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from protos.neo.v1 import engine_pb2, router_pb2
+from tests.fault.cells import CELLS, OK, TELLING, Cell, End, How
+from tests.support.census import pools
+from tests.support.crash import (
+    CHUNK_TOKENS,
+    JOBS,
+    SHORT_OUTPUT,
+    WAIT_SECONDS,
+    System,
+    When,
+    Who,
+    bring_to,
+    core_of,
+    metric,
+    running_system,
+    strike,
+    until_load,
+)
+from tests.support.load import Answer, Job, Stream, run_job
+from tests.support.memory_limit import memory_limit
+from tests.support.models import greedy_tokens, reference_model
+from tests.support.stack import Service, stack_model
+
+HOLD_SECONDS = 0.2
+"""Of a pause; each deadline of the system is ten times as long at least."""
+CALL_SECONDS = 5.0
+"""A call's own deadline."""
+
+
+class Lab:
+    """At most one running system: that of the cell before, as long as the configuration suits."""
+
+    def __init__(self, root: Path) -> None:
+        self.model = stack_model(root / "m")
+        self._root = root
+        reference = reference_model(self.model)
+        self.golden = {
+            job.prompt: greedy_tokens(reference, list(job.prompt), job.output_tokens)
+            for job in JOBS.values()
+        }
+        self._config: dict[str, object] = {}
+        self._numbers = itertools.count()
+        self._exits = ExitStack()
+        self._system: System | None = None
+
+    async def system(self, cell: Cell) -> System:
+        """One that serves, with its baseline taken."""
+        if self._system is None or self._config != cell.config:
+            self.close()
+            directory = self._root / f"s{next(self._numbers)}"
+            directory.mkdir()
+            self._config = cell.config
+            self._system = self._exits.enter_context(
+                running_system(directory, self.model, **cell.config)
+            )
+            await self._system.ready()
+            await asyncio.gather(*(self._system.stream(name).task for name in JOBS))
+            self._system.baseline = await self._system.settle()
+        return self._system
+
+    def forget(self) -> None:
+        """The system is not as it should be; the next cell gets a new one."""
+        self._config = {}
+
+    def close(self) -> None:
+        self._system = None
+        self._exits.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    torch.set_num_threads(1)  # the system needs the other cores
+    made = Lab(tmp_path_factory.mktemp("lab"))
+    yield made
+    made.close()
+
+
+@dataclass
+class Before:
+    """Of the engine that is to be hit."""
+
+    load: engine_pb2.LoadSnapshot
+    prefilled: float
+    void: float
+    pools: set[int]
+
+
+async def look(system: System) -> Before:
+    load = await until_load(system.engine, lambda load: True)
+    prefilled = metric(system.engine, "neo_prefill_tokens_total")
+    void = metric(system.engine, "neo_void_rows_total")
+    return Before(load, prefilled, void, pools(core_of(system.engine)))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, id=cell.name, marks=() if cell.name in TELLING else (pytest.mark.slow,))
+        for cell in CELLS
+    ],
+)
+async def test_cell(lab: Lab, cell: Cell) -> None:
+    system = await lab.system(cell)
+    try:
+        await run_cell(lab, system, cell)
+    except BaseException:
+        lab.forget()
+        raise
+
+
+async def run_cell(lab: Lab, system: System, cell: Cell) -> None:
+    before = await look(system)
+    streams = await bring_to(system, cell.when, cell.who)
+    if cell.who is Who.ROUTER and cell.how is How.HANG:
+        streams["late"] = system.stream("host", seconds=CALL_SECONDS)
+        await streams["late"].until(1)
+    await hit(system, cell)
+    await outage(lab, system, cell, streams)
+    if cell.row.exit is None:
+        strike(system, cell.who, signal.SIGCONT)
+    else:
+        service = system.service(cell.who)
+        service.start()
+        await asyncio.to_thread(service.wait_serving)
+    answers = {name: await stream.task for name, stream in streams.items()}
+    for name, answer in answers.items():
+        check(lab, streams[name].job, answer, cell.ends(name))
+    await drained(system, cell)
+    await system.ready()
+    if cell.who is Who.CPU and not cell.short_lease and cell.when is not When.DRAIN:
+        await kept_its_kv(system, before, streams, answers, cell)
+    await serves(lab, system, cell)
+    await system.settle(system.baseline)
+
+
+async def hit(system: System, cell: Cell) -> None:
+    if cell.how is How.OOM:
+        pid = system.pid(cell.who)
+        with memory_limit("neo-crash") as limit:
+            limit.starve(pid)
+            await system.provoke(cell.who, pid)
+            assert limit.kills == 1
+        return
+    number = {
+        How.TERM: signal.SIGTERM, How.KILL: signal.SIGKILL, How.GONE: signal.SIGKILL,
+    }.get(cell.how, signal.SIGSTOP)  # fmt: skip
+    strike(system, cell.who, number)
+
+
+async def outage(lab: Lab, system: System, cell: Cell, streams: Mapping[str, Stream]) -> None:
+    """Until it is what the cell asks for; all others go on meanwhile."""
+    if cell.how is How.PAUSE:
+        await asyncio.sleep(HOLD_SECONDS)
+        return
+    if cell.row.exit is not None:
+        service = system.service(cell.who)
+        assert await asyncio.to_thread(service.wait_exit, WAIT_SECONDS) == cell.exit
+    if cell.row.exit is None or cell.how is How.GONE:
+        await noticed(system, cell, streams)
+    # Whoever needs nothing of the one that is away comes to its end before that is back.
+    apart = "gpu short" if cell.who is Who.CPU else "host short"
+    check(lab, JOBS[apart], await run_job(system.neighbour.address, system.job(apart)), (OK,))
+    for name, stream in streams.items():
+        if not cell.needs(name):
+            check(lab, stream.job, await stream.task, (OK,))
+    if cell.when is not When.DRAIN:
+        await refused(lab, system, cell)
+
+
+async def noticed(system: System, cell: Cell, streams: Mapping[str, Stream]) -> None:
+    """Until a deadline has passed that somebody has for the one that does not answer."""
+    if cell.who is Who.ROUTER:
+        assert (await streams["late"].task).error is grpc.StatusCode.DEADLINE_EXCEEDED
+        # Its KV is free by the engine's own clock: the router can tell it nothing.
+        live = len(streams) - 2
+        await until_load(
+            system.engine,
+            lambda load: load.gpu.running_requests + load.host.running_requests <= live,
+        )
+    elif cell.who is Who.FRONT:
+        await system.until_backend(router_pb2.BACKEND_STATE_DOWN)
+    elif cell.who is Who.CORE:
+        await until_load(
+            system.neighbour, lambda _: metric(system.stack.cpu, "neo_host_sessions") == 1
+        )
+    else:
+        state = "lost" if cell.short_lease else "degraded"
+        await until_tier(system.neighbour, state)
+        if cell.when is not When.DRAIN:  # else it may have ended already
+            await until_tier(system.engine, state)
+
+
+async def until_tier(engine: Service, state: str) -> None:
+    await until_load(engine, lambda _: metric(engine, "neo_host_tier_state", state=state) == 1)
+
+
+async def refused(lab: Lab, system: System, cell: Cell) -> None:
+    """What a new call gets meanwhile."""
+    if cell.who in (Who.CORE, Who.FRONT) and cell.row.exit is not None:
+        await system.until_backend(router_pb2.BACKEND_STATE_DOWN)
+    if cell.who in (Who.CORE, Who.ROUTER) and cell.row.exit is None:
+        return  # it waits like the others
+    job = system.job("gpu short")
+    check(lab, job, await run_job(system.stack.router.address, job), (cell.row.refused,))
+
+
+def check(lab: Lab, job: Job, answer: Answer, allowed: tuple[End, ...]) -> None:
+    """It ended so, and no token is lost, doubled or wrong."""
+    end: End = (answer.error, answer.reason)
+    assert end in allowed, f"{end} after {len(answer.tokens)} tokens"
+    golden = lab.golden[job.prompt]
+    assert answer.tokens == golden[: len(answer.tokens)]
+    if end == OK:
+        assert len(answer.tokens) == len(golden)
+
+
+async def kept_its_kv(
+    system: System,
+    before: Before,
+    streams: Mapping[str, Stream],
+    answers: Mapping[str, Answer],
+    cell: Cell,
+) -> None:
+    """Nothing was computed twice but chunks that the cpu_service had in hand; its memory is the
+    same."""
+    assert pools(core_of(system.engine)) == before.pools
+    for answer in answers.values():
+        assert answer.usage is not None
+        assert answer.usage.recomputations == 0
+    asked = [streams[name].job for name in streams if name != "beside"]
+    if cell.how is not How.PAUSE:
+        asked.append(JOBS["gpu short"])  # that of `refused`
+    most = least = before.prefilled + sum(len(job.prompt) for job in asked)
+    if cell.when is When.PREFILL and cell.how is not How.PAUSE:
+        most += 2 * CHUNK_TOKENS
+    # Counters come ten times a second at most.
+    load = await until_load(
+        system.engine, lambda _: metric(system.engine, "neo_prefill_tokens_total") >= least
+    )
+    assert metric(system.engine, "neo_prefill_tokens_total") <= most
+    assert metric(system.engine, "neo_recomputed_tokens_total") == 0
+    assert load.recomputations_total == before.load.recomputations_total
+    if cell.how is How.PAUSE:
+        assert metric(system.engine, "neo_void_rows_total") == before.void
+
+
+async def drained(system: System, cell: Cell) -> None:
+    """The service that was told to end has ended well, unless it was hit itself."""
+    service = system.stack.router if cell.who is Who.ROUTER else system.engine
+    if cell.when is When.DRAIN and service is not system.service(cell.who):
+        assert await asyncio.to_thread(service.wait_exit, WAIT_SECONDS) == 0
+
+
+async def serves(lab: Lab, system: System, cell: Cell) -> None:
+    """All is as before."""
+    for name in ("host short", "gpu short"):
+        job = system.job(name)
+        answer = await run_job(system.stack.router.address, job)
+        check(lab, job, answer, (OK,))
+        assert answer.usage is not None
+        if name == "host short" and cell.mode != "auto":
+            assert answer.usage.host_tokens == SHORT_OUTPUT

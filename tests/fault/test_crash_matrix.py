@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from tests.support.crash import (
     strike,
     until_load,
 )
-from tests.support.load import Answer, Job, Stream, run_job
+from tests.support.load import Answer, Stream
 from tests.support.memory_limit import memory_limit
 from tests.support.models import greedy_tokens, reference_model
 from tests.support.stack import Service, stack_model
@@ -97,6 +97,7 @@ class Before:
     """Of the engine that is to be hit."""
 
     load: engine_pb2.LoadSnapshot
+    asked_tokens: int
     prefilled: float
     void: float
     pools: set[int]
@@ -106,7 +107,7 @@ async def look(system: System) -> Before:
     load = await until_load(system.engine, lambda load: True)
     prefilled = metric(system.engine, "neo_prefill_tokens_total")
     void = metric(system.engine, "neo_void_rows_total")
-    return Before(load, prefilled, void, pools(core_of(system.engine)))
+    return Before(load, system.asked_tokens, prefilled, void, pools(core_of(system.engine)))
 
 
 @pytest.mark.parametrize(
@@ -139,13 +140,11 @@ async def run_cell(lab: Lab, system: System, cell: Cell) -> None:
         service = system.service(cell.who)
         service.start()
         await asyncio.to_thread(service.wait_serving)
-    answers = {name: await stream.task for name, stream in streams.items()}
-    for name, answer in answers.items():
-        check(lab, streams[name].job, answer, cell.ends(name))
+    answers = [await runs(lab, stream, cell.ends(name)) for name, stream in streams.items()]
     await drained(system, cell)
     await system.ready()
     if cell.who is Who.CPU and not cell.short_lease and cell.when is not When.DRAIN:
-        await kept_its_kv(system, before, streams, answers, cell)
+        await kept_its_kv(system, before, answers, cell)
     await serves(lab, system, cell)
     await system.settle(system.baseline)
 
@@ -153,7 +152,7 @@ async def run_cell(lab: Lab, system: System, cell: Cell) -> None:
 async def hit(system: System, cell: Cell) -> None:
     if cell.how is How.OOM:
         pid = system.pid(cell.who)
-        with memory_limit("neo-crash") as limit:
+        with memory_limit() as limit:
             limit.starve(pid)
             await system.provoke(cell.who, pid)
             assert limit.kills == 1
@@ -176,10 +175,10 @@ async def outage(lab: Lab, system: System, cell: Cell, streams: Mapping[str, Str
         await noticed(system, cell, streams)
     # Whoever needs nothing of the one that is away comes to its end before that is back.
     apart = "gpu short" if cell.who is Who.CPU else "host short"
-    check(lab, JOBS[apart], await run_job(system.neighbour.address, system.job(apart)), (OK,))
+    await runs(lab, system.stream(apart, system.neighbour), (OK,))
     for name, stream in streams.items():
         if not cell.needs(name):
-            check(lab, stream.job, await stream.task, (OK,))
+            await runs(lab, stream, (OK,))
     if cell.when is not When.DRAIN:
         await refused(lab, system, cell)
 
@@ -217,44 +216,37 @@ async def refused(lab: Lab, system: System, cell: Cell) -> None:
         await system.until_backend(router_pb2.BACKEND_STATE_DOWN)
     if cell.who in (Who.CORE, Who.ROUTER) and cell.row.exit is None:
         return  # it waits like the others
-    job = system.job("gpu short")
-    check(lab, job, await run_job(system.stack.router.address, job), (cell.row.refused,))
+    await runs(lab, system.stream("gpu short"), (cell.row.refused,))
 
 
-def check(lab: Lab, job: Job, answer: Answer, allowed: tuple[End, ...]) -> None:
-    """It ended so, and no token is lost, doubled or wrong."""
+async def runs(lab: Lab, stream: Stream, ends: tuple[End, ...]) -> Answer:
+    """It ends in one of these ways, and no token is lost, doubled or wrong."""
+    answer = await stream.task
     end: End = (answer.error, answer.reason)
-    assert end in allowed, f"{end} after {len(answer.tokens)} tokens"
-    golden = lab.golden[job.prompt]
+    assert end in ends, f"{end} after {len(answer.tokens)} tokens"
+    golden = lab.golden[stream.job.prompt]
     assert answer.tokens == golden[: len(answer.tokens)]
     if end == OK:
         assert len(answer.tokens) == len(golden)
+    return answer
 
 
 async def kept_its_kv(
-    system: System,
-    before: Before,
-    streams: Mapping[str, Stream],
-    answers: Mapping[str, Answer],
-    cell: Cell,
+    system: System, before: Before, answers: Sequence[Answer], cell: Cell
 ) -> None:
     """Nothing was computed twice but chunks that the cpu_service had in hand; its memory is the
     same."""
     assert pools(core_of(system.engine)) == before.pools
-    for answer in answers.values():
+    for answer in answers:
         assert answer.usage is not None
         assert answer.usage.recomputations == 0
-    asked = [streams[name].job for name in streams if name != "beside"]
-    if cell.how is not How.PAUSE:
-        asked.append(JOBS["gpu short"])  # that of `refused`
-    most = least = before.prefilled + sum(len(job.prompt) for job in asked)
-    if cell.when is When.PREFILL and cell.how is not How.PAUSE:
-        most += 2 * CHUNK_TOKENS
+    least = before.prefilled + system.asked_tokens - before.asked_tokens
+    in_hand = 2 * CHUNK_TOKENS if cell.when is When.PREFILL and cell.how is not How.PAUSE else 0
     # Counters come ten times a second at most.
     load = await until_load(
         system.engine, lambda _: metric(system.engine, "neo_prefill_tokens_total") >= least
     )
-    assert metric(system.engine, "neo_prefill_tokens_total") <= most
+    assert metric(system.engine, "neo_prefill_tokens_total") <= least + in_hand
     assert metric(system.engine, "neo_recomputed_tokens_total") == 0
     assert load.recomputations_total == before.load.recomputations_total
     if cell.how is How.PAUSE:
@@ -271,9 +263,7 @@ async def drained(system: System, cell: Cell) -> None:
 async def serves(lab: Lab, system: System, cell: Cell) -> None:
     """All is as before."""
     for name in ("host short", "gpu short"):
-        job = system.job(name)
-        answer = await run_job(system.stack.router.address, job)
-        check(lab, job, answer, (OK,))
+        answer = await runs(lab, system.stream(name), (OK,))
         assert answer.usage is not None
         if name == "host short" and cell.mode != "auto":
             assert answer.usage.host_tokens == SHORT_OUTPUT

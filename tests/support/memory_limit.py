@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,11 +48,25 @@ class MemoryLimit:
         return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
 
+def _remove(path: Path) -> None:
+    """It is busy for as long as the process that was killed is on its way out."""
+    give_up = time.monotonic() + 20
+    while True:
+        try:
+            path.rmdir()
+        except OSError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
 @contextmanager
-def memory_limit(name: str) -> Iterator[MemoryLimit]:
+def memory_limit() -> Iterator[MemoryLimit]:
     """Skips the test where no cgroup can be made (no root, or none of ours)."""
     for version in _VERSIONS:
-        path = version.root / f"{name}-{os.getpid()}"
+        path = version.root / f"neo-test-{os.getpid()}"
         try:
             path.mkdir()
         except OSError:
@@ -61,5 +76,5 @@ def memory_limit(name: str) -> Iterator[MemoryLimit]:
                 yield MemoryLimit(path, version)
                 return
         finally:
-            path.rmdir()
+            _remove(path)
     pytest.skip("no memory cgroup can be made here")

@@ -94,8 +94,16 @@ class EngineClient:
             raise
 
     async def send(self, command: Command) -> None:
-        """Waits when the core is far behind (thousands of commands)."""
-        await self._commands.send(channel.encoder.encode(command))
+        """Waits when the core is far behind (thousands of commands). One that has ended is told
+        nothing: its socket would wait for somebody to take its place."""
+        assert self._death is not None, "start it first"
+        sending = asyncio.ensure_future(self._commands.send(channel.encoder.encode(command)))
+        if not sending.done():
+            await asyncio.wait({sending, self._death}, return_when=asyncio.FIRST_COMPLETED)
+        if sending.done():
+            await sending
+        else:
+            sending.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Events in order. Ends after Failed, and when the core has ended on request. One consumer

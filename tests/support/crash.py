@@ -241,14 +241,15 @@ async def bring_to(system: System, when: When, who: Who) -> dict[str, Stream]:
 
 
 async def _prefilling(system: System) -> dict[str, Stream]:
-    """Prompts that are computed now; tried again where this process was too slow to see it."""
+    """A prompt that is being computed now, and one behind it; tried again where this process was
+    too slow to see it."""
     for _ in range(10):
         before = await until_load(system.engine, lambda load: True)
         started = asyncio.create_task(
             until_load(
                 system.engine,
                 lambda load, start=before.iterations_total: (
-                    load.gpu.running_requests + load.host.running_requests >= 2
+                    load.gpu.running_requests + load.host.running_requests >= 1
                     and load.iterations_total > start
                 ),
             )

@@ -95,6 +95,18 @@ async def test_death_is_an_event(client: EngineClient) -> None:
     assert "signal 9" in events[0].message
 
 
+async def test_telling_a_dead_core_something_does_not_wait(client: EngineClient) -> None:
+    """Its socket has nobody at the other end, which a queue would wait for."""
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        for _ in range(3):  # before the end is known, and after
+            await client.send(greedy("a", [3, 4], 12))
+        *_, last = [event async for event in client]
+        assert isinstance(last, Failed)
+        await client.send(Shutdown())
+
+
 @pytest.mark.parametrize("how", ["shutdown", "sigterm"])
 async def test_live_requests_finish_before_the_core_ends(client: EngineClient, how: str) -> None:
     await client.send(greedy("a", [5, 6, 7], 60))

@@ -159,7 +159,8 @@ class GpuService:
     async def _until_stopped(self, stopping: asyncio.Task[None], pump: asyncio.Task[str]) -> int:
         await asyncio.wait({stopping, pump}, return_when=asyncio.FIRST_COMPLETED)
         if pump.done():
-            _log.error("%s; ending, so that a supervisor starts this service again", pump.result())
+            how = pump.result() or "the engine core has ended"
+            _log.error("%s; ending, so that a supervisor starts this service again", how)
             await self._server.drain(1.0)
             return EXIT_ENGINE_LOST
         _log.info("draining: up to %.0f s for live requests", self._config.drain_grace_seconds)
@@ -169,6 +170,9 @@ class GpuService:
         # The core ends by itself, which ends the pump; only then may its sockets be closed.
         await self._engine.send(Shutdown())
         await asyncio.wait({pump}, timeout=ENGINE_STOP_SECONDS)
+        if pump.done() and pump.result():
+            _log.error("%s, while this service drained", pump.result())
+            return EXIT_ENGINE_LOST
         pump.cancel()
         return 0
 

@@ -167,7 +167,7 @@ class Dispatcher:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._live: dict[str, LiveRequest] = {}
-        self._failure: str | None = None
+        self._over = False
         self._clock = clock
         self._owed_since = 0.0
         self.load: Load | None = None
@@ -183,26 +183,26 @@ class Dispatcher:
         return self._clock() - self._owed_since if self._live else 0.0
 
     async def run(self) -> str:
-        """Hand out what the engine says until it ends; returns why it did. All live requests then
-        fail with UNAVAILABLE."""
-        reason = "the engine core has ended"
+        """Hand out what the engine says until it ends; returns how it failed, "" where it ended
+        well. All live requests then fail with UNAVAILABLE."""
+        failure = ""
         try:
             async for event in self._engine:
                 if isinstance(event, Output):
                     await self._output(event)
                 elif isinstance(event, Failed):
-                    reason = event.message
+                    failure = event.message
         finally:
-            self._failure = reason
+            self._over = True
             for live in self._live.values():
                 live.fail(self._lost())
-        return reason
+        return failure
 
     @asynccontextmanager
     async def open(self, parsed: ParsedRequest) -> AsyncIterator[LiveRequest]:
         """Submit a request. Raises ServiceError for an id that is live, or without an engine."""
         identity = parsed.submit.request_id
-        if self._failure is not None:
+        if self._over:
             raise self._lost()
         if identity in self._live:
             raise ServiceError(

@@ -3,6 +3,7 @@ are decided ahead of what is known to be there, and tokens are those of `transfo
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,9 @@ pytest.importorskip("triton")
 from gpu_service.engine.core import EngineCore
 from gpu_service.model.model import load_model
 from gpu_service.scheduling.plan import IterationPlan, SweepResult, Tier
+from kernels.gpu import host_exchange
 from tests.golden.test_cuda_runner import count_overlaps
-from tests.support.engine import Answers, config, greedy, run, triton_core
+from tests.support.engine import Answers, check_empty, config, greedy, run, step, triton_core
 from tests.support.models import greedy_tokens, reference_model, tiny_model_dir
 from tests.support.offload import cpu_service
 from tests.support.stack import Service
@@ -140,3 +142,31 @@ def test_prompts_on_the_host_start_behind_what_is_there(directory: Path, service
     assert prompts.began[-2:] == [(Tier.HOST, 32), (Tier.GPU, 32)]
     for usage in answers.usages.values():
         assert usage.cached_host_tokens == usage.prefix_hit_tokens == 32
+
+
+@pytest.mark.slow
+def test_blocks_outlive_the_cpu_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed one gets the pool's memory back, and with it what prompts find there; a row that was
+    under way goes on where it was."""
+    monkeypatch.setattr(host_exchange, "_MOST_POLLS", 2_000)
+    directory = tiny_model_dir(tmp_path / "m", "llama", head_dim=16, num_hidden_layers=2)
+    changes = {"offload_mode": "deferred", "gpu_kv_blocks": 5}
+    with cpu_service(tmp_path) as service, core(directory, [service.address], **changes) as built:
+        talk, answers = Talk(built, directory, count=1), Answers()
+        talk.turn("cpu_preferred")
+        said = [*OPENING, 77]
+        built.handle(greedy("killed", said, OUTPUT, placement="cpu_preferred"))
+        while not built.scheduler.state.flights:
+            step(built, answers)
+        service.signal(signal.SIGKILL)
+        service.wait_exit()
+        service.start()
+        while built.scheduler.live_requests or built.scheduler.state.flights:
+            step(built, answers)
+        check_empty(built)
+        again = talk.turn("cpu_preferred")
+    assert answers.tokens["killed", 0] == greedy_tokens(reference_model(directory), said, OUTPUT)
+    killed = answers.usages["killed"]
+    assert killed.recomputations == 0
+    assert killed.host_tokens > 0
+    assert sum(usage.cached_host_tokens for usage in again.usages.values()) > 0

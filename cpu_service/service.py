@@ -90,14 +90,21 @@ class CpuAttentionServicer(pb_grpc.CpuAttentionServiceServicer):
             epoch.number,
             "resumed" if resumed else "opened",
         )
-        yield self._opened(session, epoch, resumed)
-        while (request := await _next(requests, epoch.ended)) is not None:
-            self._table.renew(session)
-            response = await self._handle(session, epoch, request)
-            if response is not None:
-                yield response
-            if request.WhichOneof("message") == "close":
-                return
+        empty = not resumed
+        try:
+            yield self._opened(session, epoch, resumed)
+            while (request := await _next(requests, epoch.ended)) is not None:
+                self._table.renew(session)
+                response = await self._handle(session, epoch, request)
+                empty = empty and request.WhichOneof("message") != "mapped"
+                if response is not None:
+                    yield response
+                if request.WhichOneof("message") == "close":
+                    return
+        except (asyncio.CancelledError, GeneratorExit):
+            if empty:  # cut off before there was any KV to come back to
+                self._table.abandon(session, epoch.number)
+            raise
         if epoch.ended.is_set():
             raise ServiceError(
                 Reason.DRAINING if self._table.draining else Reason.STALE_EPOCH,

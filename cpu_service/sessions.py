@@ -217,6 +217,10 @@ class SessionTable:
             _log.info("session %s: released by its engine", session.spec.session_id[:8])
             self._keep(self.end(session, number))
 
+    def abandon(self, session: Session, number: int) -> None:
+        """Nobody will resume what was opened as epoch `number`."""
+        self._keep(self.end(session, number))
+
     async def end(self, session: Session, number: int | None = None) -> None:
         """Free everything, unless the session has got beyond epoch `number`. Idempotent."""
         async with self._opening:

@@ -254,6 +254,28 @@ def test_a_lease_that_is_not_renewed_ends_the_session(
     again.cancel()
 
 
+def test_an_opening_that_is_cut_off_leaves_no_session(
+    stub: pb_grpc.CpuAttentionServiceStub,
+) -> None:
+    """Before the memory is mapped there is nothing to come back to, so that the engine's next try,
+    or the service's drain, need not wait for the lease."""
+    request = opening(lease_seconds=600.0)
+    requests: queue.SimpleQueue[pb.AttendRequest] = queue.SimpleQueue()
+    requests.put(pb.AttendRequest(open=request))
+    call = stub.Attend(iter(requests.get, None), timeout=60)
+    assert next(call).opened.handoff_token
+    call.cancel()
+    requests.put(None)  # type: ignore[arg-type]
+    give_up, refused = time.monotonic() + 60, "SESSION_EXISTS"
+    while refused == "SESSION_EXISTS" and time.monotonic() < give_up:  # for a moment
+        refused = ""
+        try:
+            first_opened(stub, request)[1].cancel()
+        except grpc.RpcError as error:
+            refused = ErrorDetails(error).reason
+    assert not refused
+
+
 def test_inline_tensors_that_lie_are_refused(stub: pb_grpc.CpuAttentionServiceStub) -> None:
     """With the grpc transport: a bad step is an error of that step, the session goes on."""
     kv, q = bytes(2 * 32 * 4), bytes(4 * 32 * 4)

@@ -268,7 +268,8 @@ async def _drain(system: System, who: Who) -> None:
     draining = system.stack.router if who is Who.ROUTER else system.engine
     draining.signal(signal.SIGTERM)
     if who is Who.ROUTER:
-        await until_refused(draining.address)
+        refused = await until_refused(draining.address)
+        assert refused.reason == "DRAINING"
     else:
         state = engine_pb2.ENGINE_STATE_DRAINING
         await until_load(system.engine, lambda load: load.state == state)

@@ -88,6 +88,10 @@ class GrpcEpoch:
                 failure = pb.StepError(sweep=request.step.sweep, message=str(error))
                 return pb.AttendResponse(step_error=failure)
             raise ServiceError(Reason.INVALID_ARGUMENT, f"{kind}: {error}", field=kind) from error
+        except MemoryError as error:
+            raise ServiceError(
+                Reason.OUT_OF_HOST_MEMORY, f"{kind}: there is no memory for its tables", field=kind
+            ) from error
 
     def _tensor(self, data: bytes, rows: int, heads: int, name: str) -> Array:
         dtype = self._spec.step.activation
@@ -101,8 +105,20 @@ class GrpcEpoch:
         heads = self._spec.layout.kv_heads
         return self._tensor(k, rows, heads, "k"), self._tensor(v, rows, heads, "v")
 
+    def _slots(self, request: pb.WriteKv | pb.ReadKv) -> npt.NDArray[np.int64]:
+        self._check_layer(request.layer)
+        slots = np.array(request.slots, np.uint64)
+        room = self._spec.blocks * self._spec.layout.block_tokens
+        if len(slots) and slots.max() >= room:
+            raise ValueError(f"slot {slots.max()} is outside the pool of {room}")
+        return slots.astype(np.int64)
+
+    def _check_layer(self, layer: int) -> None:
+        if layer >= self._spec.layout.layers:
+            raise ValueError(f"layer {layer} does not exist")
+
     def _write(self, request: pb.WriteKv) -> None:
-        slots = np.array(request.slots, np.int64)
+        slots = self._slots(request)
         k, v = self._kv(len(slots), request.k, request.v)
         self._pool.write(request.layer, slots, k, v, self._threads)
 
@@ -113,7 +129,7 @@ class GrpcEpoch:
                 f"{len(request.slots)} slots are more than the {MAX_INLINE_BYTES // row_bytes} "
                 "whose K and V one message carries"
             )
-        slots = np.array(request.slots, np.int64)
+        slots = self._slots(request)
         dtype = self._spec.step.activation
         shape = (len(slots), self._spec.layout.kv_heads, self._spec.layout.head_dim)
         k, v = np.empty(shape, _NUMPY[dtype]), np.empty(shape, _NUMPY[dtype])
@@ -142,8 +158,7 @@ class GrpcEpoch:
 
     def _attend(self, step: pb.AttendStep) -> pb.AttendResult:
         spec = self._spec
-        if step.layer >= spec.layout.layers:
-            raise ValueError(f"layer {step.layer} does not exist")
+        self._check_layer(step.layer)
         lengths, tables = self._tables(step)
         rows = len(lengths)
         q = self._tensor(step.q, rows, spec.step.query_heads, "q")

@@ -116,8 +116,7 @@ class SessionTable:
                 f"max_sessions: this cpu_service serves {self._config.max_sessions} already",
             )
         handed_over = request.resume and spec.transport == pb.TRANSPORT_SHM
-        shared = sum(spec.step.sizes()) if spec.transport == pb.TRANSPORT_SHM else 0
-        self.budget.take(spec.pool_bytes, shared, exists=handed_over)
+        self.budget.take(spec.pool_bytes, spec.work_bytes, exists=handed_over)
         pool = None
         try:
             if not handed_over:

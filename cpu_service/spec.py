@@ -18,6 +18,7 @@ _MIN_LEASE_SECONDS = 1.0
 _MAX_BLOCKS = 1 << 31
 _MAX_BLOCKS_PER_ROW = 1 << 20
 _MAX_GROUP = 16
+_ID_BYTES = 4
 # One layer's q, k and v of all rows in one message of the grpc transport.
 MAX_INLINE_BYTES = 48 << 20
 
@@ -39,6 +40,14 @@ class SessionSpec:
     @property
     def pool_bytes(self) -> int:
         return self.layout.pool_bytes(self.blocks)
+
+    @property
+    def work_bytes(self) -> int:
+        """Beside the pool: shared memory, or, with tensors in messages, the block tables of the
+        largest step as they are laid out (a mask of a byte beside each id)."""
+        if self.transport == pb.TRANSPORT_SHM:
+            return sum(self.step.sizes())
+        return self.step.max_rows * self.step.max_blocks_per_row * (_ID_BYTES + 1)
 
 
 def _require(condition: bool, field: str, message: str) -> None:

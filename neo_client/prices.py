@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import yaml
+
+from neo_common.documents import from_yaml
 
 
 class MachinePrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -42,10 +43,11 @@ class PriceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_prices(path: str) -> PriceFile:
     """ValueError says what is wrong with the file."""
     try:
-        return msgspec.convert(yaml.safe_load(Path(path).read_text(encoding="utf-8")), PriceFile)
-    except (OSError, UnicodeDecodeError) as error:
+        content = from_yaml(Path(path).read_text(encoding="utf-8"))
+        return msgspec.convert(content, PriceFile)
+    except OSError as error:
         raise ValueError(f"prices: cannot read {path}: {error}") from None
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+    except ValueError as error:  # msgspec's, too
         raise ValueError(f"prices: {path}: {error}") from None
 
 

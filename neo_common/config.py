@@ -30,6 +30,8 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
+from neo_common.documents import from_yaml
+
 T = TypeVar("T")
 
 ENVIRONMENT_PREFIX = "NEO_"
@@ -109,12 +111,11 @@ def dump(config: Any) -> str:
 
 def read_file(cls: type[Any], path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = from_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML: {where}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

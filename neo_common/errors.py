@@ -6,15 +6,21 @@ the reason, BadRequest the field, RetryInfo when to try again.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from typing import Any
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "neo.v1"
+MAX_MESSAGE_BYTES = 768
+MAX_FIELD_BYTES = 128
+"""An error names what a client sent. gRPC's peers take 8 KiB of status with its details, where a
+byte may count three times; a longer status arrives as RESOURCE_EXHAUSTED."""
 
 
 class Reason(enum.StrEnum):
@@ -123,8 +129,8 @@ class ServiceError(Exception):
     ) -> None:
         super().__init__(message)
         self.reason = reason
-        self.message = message
-        self.field = field
+        self.message = sendable(message, MAX_MESSAGE_BYTES)
+        self.field = None if field is None else sendable(field, MAX_FIELD_BYTES)
         self.retry_after = retry_after
 
     @property
@@ -151,6 +157,14 @@ class ServiceError(Exception):
         return error_details_pb2.ErrorInfo(reason=self.reason.value, domain=DOMAIN)
 
 
+def sendable(text: str, most: int) -> str:
+    """`text` in at most so many bytes of UTF-8; lone surrogates, which JSON holds, become `?`."""
+    data = text.encode(errors="replace")
+    if len(data) > most:
+        return data[: most - 3].decode(errors="ignore") + "..."
+    return data.decode()
+
+
 def _pack(message: object) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)  # type: ignore[arg-type]
@@ -168,7 +182,8 @@ class ErrorDetails:
         self.retry_after: float | None = None
         status = _status_of(error)
         for detail in status.details if status is not None else ():
-            self._take(detail)
+            with contextlib.suppress(DecodeError):  # a peer's garbage
+                self._take(detail)
 
     def _take(self, detail: any_pb2.Any) -> None:
         info = error_details_pb2.ErrorInfo()
@@ -187,9 +202,9 @@ def reason_of(details: bytes) -> str:
     status, info = status_pb2.Status(), error_details_pb2.ErrorInfo()
     try:
         status.ParseFromString(details)
-    except Exception:  # a peer's garbage
+        return next((info.reason for detail in status.details if detail.Unpack(info)), "")
+    except DecodeError:  # a peer's garbage
         return ""
-    return next((info.reason for detail in status.details if detail.Unpack(info)), "")
 
 
 def _status_of(error: Any) -> status_pb2.Status | None:

@@ -87,7 +87,10 @@ def demand_of(
     fit = tuple(r for r in rows if r.lengths.prompt + r.lengths.output <= longest)
     if len(fit) < 2:
         raise ValueError(f"trace {trace} has no two requests within the model's context")
-    own = (len(fit) - 1) / (fit[-1].at - fit[0].at)
+    seconds = fit[-1].at - fit[0].at
+    if not seconds:
+        raise ValueError(f"trace {trace} has all its requests at the same time")
+    own = (len(fit) - 1) / seconds
     scale = 1.0 if rate is None else rate / own
     return Demand(own, trace, fit, seed, scale), len(rows) - len(fit)
 

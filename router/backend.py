@@ -13,6 +13,9 @@ from router.calls import OpenCall, OpenCalls
 from router.health import CallHealth, Circuit, HealthLimits
 from router.views import BackendState, BackendView, LoadView, TierView
 
+LEAST_RATE = 1e-9
+"""What is smaller, or larger than its inverse, is no rate."""
+
 
 def load_view(load: engine.LoadSnapshot) -> LoadView:
     return LoadView(
@@ -21,7 +24,7 @@ def load_view(load: engine.LoadSnapshot) -> LoadView:
         waiting_requests=load.waiting_requests,
         waiting_prompt_tokens=load.waiting_prompt_tokens,
         max_waiting_requests=load.max_waiting_requests,
-        prompt_tokens_per_second=load.prompt_tokens_per_second,
+        prompt_tokens_per_second=_known(load.prompt_tokens_per_second),
     )
 
 
@@ -30,9 +33,14 @@ def _tier_view(load: engine.TierLoad, block_tokens: int) -> TierView:
         total_tokens=load.total_blocks * block_tokens,
         used_tokens=max(0, load.total_blocks - load.free_blocks) * block_tokens,
         running_requests=load.running_requests,
-        freed_tokens_per_second=load.freed_tokens_per_second,
-        token_seconds=load.token_seconds,
+        freed_tokens_per_second=_known(load.freed_tokens_per_second),
+        token_seconds=_known(load.token_seconds),
     )
+
+
+def _known(rate: float) -> float:
+    """What can be no rate counts as unknown: one backend's NaN must not fail others' calls."""
+    return rate if LEAST_RATE < rate < 1 / LEAST_RATE else 0.0
 
 
 class Backend:

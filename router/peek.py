@@ -22,6 +22,9 @@ TEXT_BYTES = 4
 """Of a token in text: an average of languages and tokenizers, good enough to compare queues."""
 ID_BYTES = 2
 """Of a token as a number: most take two, those above 16,383 three."""
+MAX_FIELDS = 10_000
+"""Of a message, with those within its prompt: more would hold up the router's other calls (a
+megabyte of empty ones took 0.3 s), and nobody who wants to be served well sends as many."""
 _LENGTH_DELIMITED = 2
 _BYTES_OF = {1: 8, 5: 4}  # of fixed64 and fixed32
 
@@ -98,12 +101,13 @@ def peek(path: str, request: bytes) -> Peeked:
     if layout is None:
         return Peeked()
     model, prompt, per_token = b"", (0, 0), TEXT_BYTES
+    left = iter(range(MAX_FIELDS))
     try:
-        for number, start, end in fields(request, 0, len(request)):
+        for number, start, end in fields(request, 0, len(request), left):
             if number == layout.model:
                 model = request[start:end]
             elif number in layout.prompts:
-                found = _within(request, start, end, *layout.prompts[number])
+                found = _within(request, start, end, left, *layout.prompts[number])
                 # Of several inputs the longest is the prompt; elsewhere the last one counts.
                 if layout is not _INFER or found[1] - found[0] > prompt[1] - prompt[0]:
                     prompt = found
@@ -115,19 +119,27 @@ def peek(path: str, request: bytes) -> Peeked:
         return Peeked()
 
 
-def _within(data: bytes, start: int, end: int, inner: int, skipped: int) -> tuple[int, int]:
+def _within(
+    data: bytes, start: int, end: int, left: Iterator[int], inner: int, skipped: int
+) -> tuple[int, int]:
     """Where the prompt is in a field that lies from `start` to `end`."""
     if inner:
         start, end = next(
-            ((s, e) for number, s, e in fields(data, start, end) if number == inner), (end, end)
+            ((s, e) for number, s, e in fields(data, start, end, left) if number == inner),
+            (end, end),
         )
     return min(start + skipped, end), end
 
 
-def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def fields(
+    data: bytes, start: int, end: int, left: Iterator[int]
+) -> Iterator[tuple[int, int, int]]:
     """Number, start and end of each length-delimited field of a message that lies from `start` to
-    `end`; others are passed over. Raises IndexError where this is no message."""
-    while start < end:
+    `end`; others are passed over. Raises IndexError where this is no message, or has more fields
+    than are `left`."""
+    for _ in left:
+        if start >= end:
+            break
         tag, start = _varint(data, start)
         wire_type = tag & 7
         if wire_type == 0:
@@ -142,7 +154,7 @@ def fields(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int]]:
             start += _BYTES_OF[wire_type]
         else:
             raise IndexError  # groups, which nobody sends
-    if start > end:
+    if start != end:
         raise IndexError
 
 

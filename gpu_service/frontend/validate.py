@@ -146,8 +146,8 @@ async def encode_chat(tokenizer: Tokenizer, chat: types.Chat, model: ServedModel
         raise invalid("chat.messages", "is empty")
     if not all(m["role"] for m in messages):
         raise invalid("chat.messages.role", "is empty")
-    length = sum(len(m["content"]) for m in messages)
-    _check_length("chat.messages.content", length, tokenizer, model)
+    length = sum(len(m["role"]) + len(m["content"]) for m in messages)
+    _check_length("chat.messages", length, tokenizer, model)
     try:
         return await _off_loop(length, lambda: tokenizer.render_chat(messages))
     except ValueError as error:

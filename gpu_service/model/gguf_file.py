@@ -8,6 +8,7 @@ this one 0.1 s, and the front end needs it too, for the tokenizer. Block formats
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from gpu_service.model.bounds import shown
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
@@ -32,6 +35,11 @@ _SCALARS = {
     12: struct.Struct("<d"),
 }
 _MAX_DIMENSIONS = 4
+_MAX_ARRAYS = 4
+"""Within each other."""
+_MAX_ALIGNMENT = 1 << 20
+_MAX_ELEMENTS = 1 << 48
+"""Of a tensor: their bytes are a number of 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,9 @@ class GgufFile:
         for _ in range(tensor_count):
             tensor = cursor.tensor()
             self.tensors[tensor.name] = tensor
-        alignment = int(self.metadata.get("general.alignment", 32))
-        if alignment <= 0:
-            raise ValueError(f"{self.path}: general.alignment is {alignment}")
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= _MAX_ALIGNMENT:
+            raise ValueError(f"{self.path}: general.alignment is {shown(alignment)}")
         self._data_start = -(-cursor.position // alignment) * alignment
 
     def dequantised(self, name: str) -> npt.NDArray[Any]:
@@ -96,8 +104,10 @@ class GgufFile:
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if tensor.shape[-1] % block:
             raise ValueError(f"tensor {name} of {self.path} has rows that are not whole blocks")
+        if not 0 < math.prod(tensor.shape) <= _MAX_ELEMENTS:
+            raise ValueError(f"tensor {name} of {self.path} has the shape {list(tensor.shape)}")
         row_bytes = tensor.shape[-1] // block * block_bytes
-        rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
+        rows = math.prod(tensor.shape[:-1])
         start = self._data_start + tensor.offset
         raw = self._bytes[start : start + rows * row_bytes]
         if raw.size != rows * row_bytes:
@@ -140,16 +150,18 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.scalar(10)).decode("utf-8")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
             return self.scalar(kind)
+        if depth == _MAX_ARRAYS:
+            raise IndexError("arrays within arrays")
         element, count = self.scalar(4), self.scalar(10)
         if element == _STRING:
             return [self.string() for _ in range(count)]
         if element == _ARRAY:
-            return [self.value(_ARRAY) for _ in range(count)]
+            return [self.value(_ARRAY, depth + 1) for _ in range(count)]
         form = _SCALARS.get(element)
         if form is None:
             raise IndexError(f"value type {element}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu_service.model.bounds import LARGEST, MAX_CONTEXT, MAX_LAYERS, checked, shown
 from gpu_service.model.gguf_file import GgufFile
 from gpu_service.model.hf_spec import yarn_magnitude
 from neo_common.model_spec import ModelSpec, RopeSpec
@@ -16,7 +17,8 @@ _GGML_F32, _GGML_F16 = 0, 1
 def spec_from_gguf(file: GgufFile) -> ModelSpec:
     keys = _Keys(file)
     family = keys.architecture
-    layers, heads = keys.count("block_count"), keys.count("attention.head_count")
+    layers = keys.count("block_count", most=MAX_LAYERS)
+    heads = keys.count("attention.head_count")
     hidden = keys.count("embedding_length")
     kv_heads = keys.count("attention.head_count_kv", heads)
     head_dim = keys.count("attention.key_length", hidden // heads)
@@ -29,7 +31,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         raise ValueError(f"{file.path} lacks the tensor token_embd.weight")
     down = file.tensors.get("blk.0.ffn_down.weight")
     stored = {_GGML_F32: "float32", _GGML_F16: "float16"}
-    return ModelSpec(
+    spec = ModelSpec(
         name=str(file.metadata.get("general.name") or file.path.stem),
         family=family,
         layers=layers,
@@ -53,6 +55,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         ),
         dtype=stored.get(down.ggml_type, "bfloat16") if down else "bfloat16",
     )
+    return checked(spec, file.path)
 
 
 class _Keys:
@@ -63,20 +66,21 @@ class _Keys:
         self.architecture = str(file.metadata.get("general.architecture", ""))
         if self.architecture not in FAMILIES:
             raise ValueError(
-                f"{file.path}: architecture {self.architecture!r} is not supported"
+                f"{file.path}: architecture {shown(self.architecture)} is not supported"
                 f" ({', '.join(FAMILIES)} are)"
             )
 
     def get(self, key: str) -> Any:
         return self.file.metadata.get(f"{self.architecture}.{key}")
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, most: int = MAX_CONTEXT) -> int:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
             raise ValueError(
-                f"{self.file.path}: {self.architecture}.{key} is {value!r}, not a count"
+                f"{self.file.path}: {self.architecture}.{key} is {shown(value)}, not a count of at "
+                f"most {most}"
             )
         if value == 0 and default != 0:
             raise ValueError(f"{self.file.path}: {self.architecture}.{key} is 0")
@@ -86,15 +90,16 @@ class _Keys:
         value = self.get(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        sane = isinstance(value, int | float) and not isinstance(value, bool)
+        if not sane or not abs(value) <= LARGEST:
             raise ValueError(
-                f"{self.file.path}: {self.architecture}.{key} is {value!r}, not a number"
+                f"{self.file.path}: {self.architecture}.{key} is {shown(value)}, not a number"
             )
         return float(value)
 
     def token_id(self, kind: str) -> int | None:
         value = self.file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        return value if isinstance(value, int) else None
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _refuse_unsupported(keys: _Keys, head_dim: int) -> None:
@@ -111,7 +116,7 @@ def _rope(keys: _Keys) -> RopeSpec:
     theta = keys.number("rope.freq_base", 10_000.0)
     divisors: tuple[float, ...] = ()
     if "rope_freqs.weight" in keys.file.tensors:
-        divisors = tuple(map(float, keys.file.dequantised("rope_freqs.weight")))
+        divisors = tuple(map(float, keys.file.dequantised("rope_freqs.weight").ravel()))
     kind = keys.get("rope.scaling.type")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
     if kind == "none" or (kind in (None, "linear") and factor == 1.0):
@@ -129,4 +134,6 @@ def _rope(keys: _Keys) -> RopeSpec:
             attention_factor=keys.number("rope.scaling.attn_factor", yarn_magnitude(factor, 1.0)),
             frequency_divisors=divisors,
         )
-    raise ValueError(f"{keys.file.path}: rope scaling {kind!r} is not supported (linear, yarn are)")
+    raise ValueError(
+        f"{keys.file.path}: rope scaling {shown(kind)} is not supported (linear, yarn are)"
+    )

@@ -18,9 +18,12 @@ from tokenizers import (
     processors,
 )
 
+from gpu_service.model.bounds import shown
 from gpu_service.model.gguf_file import GgufFile
 
 _CONTROL, _USER_DEFINED = 3, 4
+_MAX_CHARACTERS = 4096
+"""Of a token. Finding out which two tokens make one takes the square of it."""
 _SPACE = "\u2581"
 
 _LLAMA3_SPLIT = (
@@ -52,7 +55,7 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
         tokenizer, bos_by_default = _sentencepiece(file, tokens), True
     else:
         raise ValueError(
-            f"{file.path}: tokenizer model {model!r} is not supported (gpt2, llama are)"
+            f"{file.path}: tokenizer model {shown(model)} is not supported (gpt2, llama are)"
         )
     _add_special_tokens(tokenizer, file, tokens)
     _add_post_processor(tokenizer, file, tokens, bos_by_default)
@@ -69,10 +72,10 @@ def special_tokens(file: GgufFile) -> dict[str, str]:
 
 def _byte_level(file: GgufFile, tokens: list[str]) -> tuple[Tokenizer, bool]:
     name = file.metadata.get("tokenizer.ggml.pre", "default")
-    kind = _KINDS.get(name)
+    kind = _KINDS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ValueError(
-            f"{file.path}: pre-tokenizer {name!r} is not supported ({', '.join(_KINDS)} are)"
+            f"{file.path}: pre-tokenizer {shown(name)} is not supported ({', '.join(_KINDS)} are)"
         )
     merges = []
     for merge in _strings(file, "merges"):
@@ -106,7 +109,9 @@ def _pre_tokenizer(kind: str) -> pre_tokenizers.PreTokenizer:
 
 def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
     scores = file.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not isinstance(scores, list) or not all(isinstance(s, int | float) for s in scores):
+        raise ValueError(f"{file.path}: tokenizer.ggml.scores are not numbers")
+    if len(scores) != len(tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.scores does not score each token")
     unknown = file.metadata.get("tokenizer.ggml.unknown_token_id", 0)
     tokenizer = Tokenizer(
@@ -154,6 +159,8 @@ def _checked(file: GgufFile, **settings: Any) -> models.BPE:
 def _add_special_tokens(tokenizer: Tokenizer, file: GgufFile, tokens: list[str]) -> None:
     """Control tokens and user-defined ones are found in text as wholes; only control is special."""
     kinds = file.metadata.get("tokenizer.ggml.token_type") or []
+    if not isinstance(kinds, list):
+        raise ValueError(f"{file.path}: tokenizer.ggml.token_type is {shown(kinds)}, no list")
     for token, kind in zip(tokens, kinds, strict=False):
         if kind == _CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])
@@ -175,19 +182,28 @@ def _add_post_processor(
     ends = [end for end in (bos, eos) if end]
     if ends:
         before, after = (f"{bos[0]}:0 " if bos else ""), (f" {eos[0]}:0" if eos else "")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{before}$A:0{after}", special_tokens=ends
-        )
+        try:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{before}$A:0{after}", special_tokens=ends
+            )
+        # tokenizers raises plain Exception, for instance for a token with a blank in it.
+        except Exception as error:
+            raise ValueError(
+                f"{file.path}: its tokens cannot stand around a text: {error}"
+            ) from error
 
 
 def _strings(file: GgufFile, key: str) -> list[str]:
     value = file.metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(value, list) or not value or not isinstance(value[0], str):
         raise ValueError(f"{file.path} has no tokenizer: tokenizer.ggml.{key} is missing")
+    longest = max(map(len, value))
+    if longest > _MAX_CHARACTERS:
+        raise ValueError(f"{file.path}: tokenizer.ggml.{key} holds a text of {longest} characters")
     return value
 
 
 def _token(file: GgufFile, tokens: list[str], token_id: Any) -> str:
     if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-        raise ValueError(f"{file.path}: a special token has the id {token_id!r}")
+        raise ValueError(f"{file.path}: a special token has the id {shown(token_id)}")
     return tokens[token_id]

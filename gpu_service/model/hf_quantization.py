@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gpu_service.model.bounds import shown
+
 
 def quantization_of(config: Any, where: Path) -> str:
     """ "" for plain weights, "fp8" for e4m3 weights with a scale per tensor or output channel.
@@ -15,7 +17,7 @@ def quantization_of(config: Any, where: Path) -> str:
     if not config:
         return ""
     if not isinstance(config, dict):
-        raise ValueError(f"{where}: quantization_config is {config!r}, not an object")
+        raise ValueError(f"{where}: quantization_config is {shown(config)}, not an object")
     method = config.get("quant_method")
     if method == "fp8":
         if config.get("weight_block_size"):
@@ -23,13 +25,13 @@ def quantization_of(config: Any, where: Path) -> str:
         return "fp8"
     if method != "compressed-tensors":
         raise ValueError(
-            f"{where}: quant_method {method!r} is not supported (fp8 and compressed-tensors with "
-            "float-quantized weights are; so are GGUF files)"
+            f"{where}: quant_method {shown(method)} is not supported (fp8 and compressed-tensors "
+            "with float-quantized weights are; so are GGUF files)"
         )
     if config.get("format") != "float-quantized":
         raise ValueError(
-            f"{where}: compressed-tensors of format {config.get('format')!r} are not supported "
-            "(float-quantized is)"
+            f"{where}: compressed-tensors of format {shown(config.get('format'))} are not "
+            "supported (float-quantized is)"
         )
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
@@ -47,6 +49,6 @@ def _check_weights(weights: Any, where: Path) -> None:
         if weights.get(key) not in allowed:
             names = " and ".join(str(value) for value in allowed)
             raise ValueError(
-                f"{where}: quantised weights whose {key} is {weights.get(key)!r} are not "
+                f"{where}: quantised weights whose {key} is {shown(weights.get(key))} are not "
                 f"supported ({names} are)"
             )

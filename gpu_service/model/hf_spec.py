@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gpu_service.model.bounds import LARGEST, MAX_CONTEXT, MAX_LAYERS, checked, shown
 from gpu_service.model.hf_quantization import quantization_of
+from neo_common.documents import from_json
 from neo_common.model_spec import ModelSpec, RopeSpec
 
 T = TypeVar("T")
@@ -25,7 +26,7 @@ def spec_from_directory(directory: Path) -> ModelSpec:
             f"{config.where}: model_type {family!r} is not supported ({', '.join(FAMILIES)} are)"
         )
     _refuse_unsupported(config)
-    layers = config.count("num_hidden_layers")
+    layers = config.count("num_hidden_layers", most=MAX_LAYERS)
     hidden = config.count("hidden_size")
     heads = config.count("num_attention_heads")
     kv_heads = config.count("num_key_value_heads", 8 if family == "mistral" else heads)
@@ -38,7 +39,7 @@ def spec_from_directory(directory: Path) -> ModelSpec:
     biased = config.get("attention_bias", bool, False) and family in ("llama", "qwen3")
     generation = directory / "generation_config.json"
     extra_eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-    return ModelSpec(
+    spec = ModelSpec(
         name=directory.resolve().name,
         family=family,
         layers=layers,
@@ -61,6 +62,7 @@ def spec_from_directory(directory: Path) -> ModelSpec:
         dtype=_dtype(config),
         quantization=quantization_of(config.values.get("quantization_config"), config.where),
     )
+    return checked(spec, config.where)
 
 
 class _Config:
@@ -75,19 +77,21 @@ class _Config:
         if value is None:
             return default
         if not isinstance(value, kind):
-            raise ValueError(f"{self.where}: {key} is {value!r}, not of type {kind.__name__}")
+            raise ValueError(f"{self.where}: {key} is {shown(value)}, not of type {kind.__name__}")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, most: int = MAX_CONTEXT) -> int:
         value = self.values.get(key)
         if value is None:
             value = default
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise ValueError(f"{self.where}: {key} is {value!r}, not a positive integer")
+            raise ValueError(f"{self.where}: {key} is {shown(value)}, not a positive integer")
+        if value > most:
+            raise ValueError(f"{self.where}: {key} is {shown(value)}, more than {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
-        return float(_number(self.values.get(key, default), key, self.where))
+        return _number(self.values.get(key, default), key, self.where)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         return _ids(self.values.get(key))
@@ -106,7 +110,7 @@ def _rope(config: _Config) -> tuple[RopeSpec, int]:
     context = config.count("max_position_embeddings")
     values = config.values.get("rope_scaling") or config.values.get("rope_parameters") or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{config.where}: rope_scaling is {values!r}, not an object")
+        raise ValueError(f"{config.where}: rope_scaling is {shown(values)}, not an object")
     scaling = _Config(values, config.where)
     theta = scaling.number("rope_theta", config.number("rope_theta", 10_000.0))
     partial = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
@@ -146,7 +150,10 @@ def _yarn(scaling: _Config, theta: float, factor: float, original: int) -> RopeS
     if scaling.values.get("attention_factor") is not None:
         attention = scaling.number("attention_factor", 1.0)
     elif mscale and mscale_all:
-        attention = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all)
+        whole = yarn_magnitude(factor, mscale_all)
+        if not whole:
+            raise ValueError(f"{scaling.where}: mscale_all_dim {mscale_all} makes it 0")
+        attention = yarn_magnitude(factor, mscale) / whole
     else:
         attention = yarn_magnitude(factor, 1.0)
     return RopeSpec(
@@ -197,9 +204,10 @@ def _dtype(config: _Config) -> str:
 
 
 def _number(value: Any, key: str, where: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{where}: {key} is {value!r}, not a number")
-    return value
+    sane = isinstance(value, int | float) and not isinstance(value, bool)
+    if not sane or not abs(value) <= LARGEST:
+        raise ValueError(f"{where}: {key} is {shown(value)}, not a number of a model")
+    return float(value)
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -213,7 +221,7 @@ def _merge(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):

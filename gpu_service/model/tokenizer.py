@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gpu_service.model.gguf_tokenizer import special_tokens, tokenizer_from_gguf
 from gpu_service.model.hf_spec import spec_from_directory
 from gpu_service.model.spec import resolve_model
 from gpu_service.model.token_bytes import TokenBytes
+from neo_common.documents import from_json
 
 __all__ = ["DetokenizeStream", "Tokenizer", "load_tokenizer"]
 
@@ -122,7 +122,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(settings, dict):

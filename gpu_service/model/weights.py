@@ -6,7 +6,6 @@ before it is asked for. `check_source` compares all of it with what the model ne
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import zlib
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpu_service.model.fp8 import Fp8Rows, quantise_weight, random_weight
 from gpu_service.model.gguf_file import GgufFile
+from neo_common.documents import from_json
 from neo_common.model_spec import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -173,6 +173,8 @@ class SafetensorsSource:
         scale = _scale_name(name)
         if scale not in self._scales:
             raise ValueError(f"{self.where} lacks the tensor {scale}, which {name} needs")
+        if not self._shapes[name]:
+            raise ValueError(f"{self.where}: tensor {name} has no rows that {scale} could be of")
         shape, rows = self._scales[scale], self._shapes[name][0]
         if shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
             raise ValueError(
@@ -228,7 +230,7 @@ def _shards(directory: Path) -> dict[Path, set[str]]:
             return {single: set()}
         raise ValueError(f"{directory} has no model.safetensors (nor an index of shards)")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = from_json(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[Path, set[str]] = {}
         for name, file in weight_map.items():
             shards.setdefault(directory / file, set()).add(name)

@@ -8,7 +8,6 @@ Everything follows from the options and the seed; nothing here talks to a server
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from neo_client.options import Prompt
 from neo_client.workloads import Lengths, read_workload
 from neo_client.workloads.arrivals import poisson, poisson_until, ramp
 from neo_client.workloads.traces import read_trace
+from neo_common.documents import from_json
 
 DEFAULT_REQUESTS = 200
 
@@ -186,12 +186,13 @@ def read_prompts(path: str) -> list[Shape]:
 
 def _prompt(line: str, where: str) -> Shape:
     try:
-        row: Mapping[str, Any] = json.loads(line)
+        row: Mapping[str, Any] = from_json(line)
         given = [row[name] for name in ("text", "messages", "token_ids") if name in row]
         output = int(row["max_tokens"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"{where}: {error!r}") from None
-    if len(given) != 1 or not given[0] or output < 1:
+    kind = str if "text" in row else list
+    if len(given) != 1 or not given[0] or not isinstance(given[0], kind) or output < 1:
         raise ValueError(f"{where}: one of text, messages, token_ids; and max_tokens of 1 or more")
     tokens = len(given[0]) if "token_ids" in row else 0
     return Shape(Lengths(tokens, output), given[0])

@@ -13,6 +13,7 @@ from neo_client.bench.figures import figures
 from neo_client.bench.own import OwnLoad
 from neo_client.bench.sample import Sample
 from neo_client.prices import Fleet
+from neo_common.documents import from_json
 
 SCHEMA = "neo-bench/1"
 COLUMNS = (
@@ -124,7 +125,7 @@ def write(result: Mapping[str, Any], path: Path) -> None:
 def read(path: str) -> dict[str, Any]:
     """ValueError unless it is the result of a run."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = from_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from neo_client.workloads import Lengths
+from neo_client.workloads import MAX_DIGITS, Lengths
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
@@ -33,19 +33,26 @@ def read_trace(name: str, requests: int | None = None, speed: float = 1.0) -> li
         path = Path(__file__).parent / f"{name}.csv"
     if not path.is_file():
         raise ValueError(f"trace {name!r} is neither a file nor one that comes with this package")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if not set(COLUMNS) <= set(rows.fieldnames or ()):
-            raise ValueError(f"trace {path.name} must have the columns {', '.join(COLUMNS)}")
-        found = sorted(
-            (_row(row, f"{path.name}, line {rows.line_num}") for row in rows),
-            key=lambda each: each[0],
-        )
-    found = found[:requests]
+    try:
+        found = _rows(path)[:requests]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"trace {path.name} cannot be read: {error}") from None
     if not found or (requests is not None and len(found) < requests):
         raise ValueError(f"trace {path.name} has {len(found)} requests, not {requests or 'any'}")
     first = found[0][0]
     return [Traced((at - first) / speed, lengths) for at, lengths in found]
+
+
+def _rows(path: Path) -> list[tuple[float, Lengths]]:
+    """In the order of time."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if not set(COLUMNS) <= set(rows.fieldnames or ()):
+            raise ValueError(f"trace {path.name} must have the columns {', '.join(COLUMNS)}")
+        return sorted(
+            (_row(row, f"{path.name}, line {rows.line_num}") for row in rows),
+            key=lambda each: each[0],
+        )
 
 
 def _row(row: Mapping[str, str], where: str) -> tuple[float, Lengths]:
@@ -54,8 +61,9 @@ def _row(row: Mapping[str, str], where: str) -> tuple[float, Lengths]:
         stamp = re.sub(r"(\.\d{6})\d+", r"\1", row["TIMESTAMP"])
         at = datetime.fromisoformat(stamp)
         lengths = Lengths(int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-    except (ValueError, TypeError) as error:
+        seconds = at.replace(tzinfo=at.tzinfo or UTC).timestamp()
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"trace {where}: {error}") from None
-    if lengths.prompt < 1 or lengths.output < 1:
-        raise ValueError(f"trace {where}: tokens must be at least 1")
-    return at.replace(tzinfo=at.tzinfo or UTC).timestamp(), lengths
+    if not all(1 <= n < 10**MAX_DIGITS for n in (lengths.prompt, lengths.output)):
+        raise ValueError(f"trace {where}: tokens must be at least 1, of {MAX_DIGITS} digits")
+    return seconds, lengths

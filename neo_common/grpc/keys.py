@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from neo_common.documents import from_yaml
 from neo_common.grpc.principal import MAX_TENANT_CHARS, Principal, Role
 from neo_common.watched import Watched, read
 
@@ -63,9 +62,11 @@ class ApiKeys:
 
 def load_keys(path: str) -> dict[str, KeyRecord]:
     """Id -> record. Raises ValueError."""
+    data = read(path, "api_keys")
     try:
-        content = yaml.safe_load(read(path, "api_keys"))
-    except yaml.YAMLError as error:
+        content = from_yaml(data)
+    except ValueError as error:
+        # Not what is wrong with it: that might show a key in the wrong place.
         raise ValueError(f"api_keys: {path} is not YAML") from error
     entries = content.get("keys") if isinstance(content, Mapping) else None
     if not isinstance(entries, list):
@@ -94,7 +95,7 @@ def parse_entry(entry: Any) -> tuple[str, KeyRecord]:
     if len(texts["tenant"]) > MAX_TENANT_CHARS or not texts["tenant"].isprintable():
         raise ValueError(f"tenant must be at most {MAX_TENANT_CHARS} printable characters")
     roles = entry["roles"]
-    if not isinstance(roles, list) or not roles or not set(roles) <= set(Role):
+    if not isinstance(roles, list) or not roles or not all(role in list(Role) for role in roles):
         raise ValueError(f"roles must be a list of {', '.join(Role)}")
     principal = Principal(texts["name"], texts["tenant"], frozenset(map(Role, roles)))
     return texts["id"], KeyRecord(bytes.fromhex(texts["sha256"]), principal)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import time
 import urllib.error
@@ -25,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from neo_common.documents import from_json
 from neo_common.errors import Reason, ServiceError
 from neo_common.grpc.principal import MAX_TENANT_CHARS, Principal, Role
 from neo_common.watched import Watched, read
@@ -75,7 +75,7 @@ def parse_keys(data: bytes, source: str) -> Keys:
         parts = data.split(_PEM_END)[:-1]
         return tuple(_pem_key(part + _PEM_END + b"\n", source) for part in parts)
     try:
-        entries = json.loads(data)["keys"]
+        entries = from_json(data)["keys"]
         keys = tuple(key for entry in entries if (key := _jwk(entry)) is not None)
     except (ValueError, KeyError, TypeError, AttributeError, jwt.PyJWTError) as error:
         raise ValueError(f"jwt_keys: {source} must hold PEM public keys or a JWKS") from error
@@ -228,8 +228,8 @@ class Tokens:
     async def check(self, token: str) -> Principal:
         """Whose token it is. Raises ServiceError: UNAUTHENTICATED, or NOT_READY while there are no
         keys."""
-        if len(token) > MAX_TOKEN_CHARS:
-            raise refused(f"a token has at most {MAX_TOKEN_CHARS} characters")
+        if len(token) > MAX_TOKEN_CHARS or not token.isascii():
+            raise refused(f"a token has at most {MAX_TOKEN_CHARS} characters, all ASCII")
         keys = await self._source.keys()
         if keys is not self._good_for:
             self._good.clear()
@@ -289,7 +289,8 @@ class Tokens:
                 raise refused("the token is from another issuer") from None
             except jwt.MissingRequiredClaimError as error:
                 raise refused(f"the token lacks `{error.claim}`") from None
-            except jwt.PyJWTError:
+            # The others: claims of types that PyJWT takes on trust, such as an `exp` of 1e999.
+            except (jwt.PyJWTError, ArithmeticError, TypeError, ValueError):
                 raise refused("the token is malformed") from None
         raise refused("the token's signature is wrong")
 

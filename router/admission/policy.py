@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from neo_common import config
+from neo_common.documents import from_yaml
 from neo_common.grpc.principal import MAX_TENANT_CHARS
 from neo_common.watched import read
 
@@ -144,10 +143,11 @@ class Policy:
 
 def load_policy(path: str) -> Policy:
     """Raises ValueError."""
+    data = read(path, SETTING)
     try:
-        content = yaml.safe_load(read(path, SETTING))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{SETTING}: {path} is not YAML") from error
+        content = from_yaml(data)
+    except ValueError as error:
+        raise ValueError(f"{SETTING}: {path} is not YAML: {error}") from error
     try:
         return parse_policy({} if content is None else content)
     except ValueError as error:

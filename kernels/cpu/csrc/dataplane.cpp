@@ -115,7 +115,9 @@ void futex_wait(const std::atomic<uint32_t>& word, uint32_t expected, int64_t ti
   syscall(SYS_futex, &word, FUTEX_WAIT, expected, timeout_us < 0 ? nullptr : &timeout, nullptr, 0);
 }
 
-void futex_wake(std::atomic<uint32_t>& word) { syscall(SYS_futex, &word, FUTEX_WAKE, 1, nullptr, nullptr, 0); }
+void futex_wake(std::atomic<uint32_t>& word, int32_t waiters) {
+  syscall(SYS_futex, &word, FUTEX_WAKE, waiters, nullptr, nullptr, 0);
+}
 
 void ring_if_parked(const std::atomic<uint32_t>& parked, std::atomic<uint32_t>& bell) {
   // Orders the caller's store before the load of `parked`; the owner has the mirror image (parked, fence, condition),

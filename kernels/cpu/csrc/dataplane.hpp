@@ -162,7 +162,7 @@ inline bool reached(uint32_t value, uint32_t sweep) { return static_cast<int32_t
 
 // Futex calls on shared memory. `wait` returns on a wake, a change, a signal or the time-out (negative: none).
 void futex_wait(const std::atomic<uint32_t>& word, uint32_t expected, int64_t timeout_us);
-void futex_wake(std::atomic<uint32_t>& word);
+void futex_wake(std::atomic<uint32_t>& word, int32_t waiters = 1);
 
 // Rings `bell` if its owner has parked. The caller has already stored what the owner waits for.
 void ring_if_parked(const std::atomic<uint32_t>& parked, std::atomic<uint32_t>& bell);

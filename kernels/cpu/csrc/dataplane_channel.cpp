@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 
 namespace neo {
@@ -239,7 +240,7 @@ void StepChannel::revoke() {
 void StepChannel::abort() {
   aborted_.store(true);
   memory_.header().engine_bell.fetch_add(1);
-  futex_wake(memory_.header().engine_bell);
+  futex_wake(memory_.header().engine_bell, std::numeric_limits<int32_t>::max());
 }
 
 }  // namespace neo

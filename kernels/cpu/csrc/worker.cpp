@@ -4,10 +4,13 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 
 namespace neo {
 namespace {
+
+constexpr std::chrono::milliseconds kWakeAgain{20};
 
 std::span<const int32_t> helper_cpus(const WorkerConfig& config) {
   return config.cpus.size() > 1 ? std::span(config.cpus).subspan(1) : std::span<const int32_t>{};
@@ -64,8 +67,13 @@ void Worker::stop() {
   }
   stop_.store(true);
   ControlHeader& header = memory_.header();
-  header.worker_bell.fetch_add(1);
-  futex_wake(header.worker_bell);
+  // The bell is the engine's, too. It can wait for it in the worker's stead, and set it back while the worker is about
+  // to wait: so everybody is woken, and again until the thread has ended.
+  for (std::unique_lock lock(ending_); !ended_;) {
+    header.worker_bell.fetch_add(1);
+    futex_wake(header.worker_bell, std::numeric_limits<int32_t>::max());
+    has_ended_.wait_for(lock, kWakeAgain, [this] { return ended_; });
+  }
   thread_.join();
 }
 
@@ -118,6 +126,9 @@ void Worker::loop() {
   header.state.store(static_cast<uint32_t>(WorkerState::kStopped));
   running_.store(false);
   ring_if_parked(header.engine_parked, header.engine_bell);
+  const std::lock_guard lock(ending_);
+  ended_ = true;
+  has_ended_.notify_all();
 }
 
 void Worker::serve() {
@@ -238,7 +249,8 @@ bool Worker::load(int32_t index) {
   const auto valid = [&](int32_t length) { return length >= 1 && length <= longest; };
   int64_t skipped = 0;  // block ids of the lanes before
   for (int32_t row = 0; row < before; ++row) {
-    const int32_t length = lengths[row];
+    // Read once: the engine could change it between the check and the use.
+    const int32_t length = __atomic_load_n(lengths + row, __ATOMIC_RELAXED);
     if (!valid(length)) {
       return false;
     }

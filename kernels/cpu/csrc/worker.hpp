@@ -3,7 +3,9 @@
 
 #include <array>
 #include <atomic>
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -93,6 +95,9 @@ class Worker {
   ThreadPool threads_;
   Lane lanes_[kLanes];
   std::thread thread_;
+  std::mutex ending_;
+  std::condition_variable has_ended_;
+  bool ended_ = false;  // guarded by ending_
   std::atomic<bool> stop_{false};
   std::atomic<bool> running_{false};
   std::atomic<uint64_t> sweeps_{0};

@@ -133,8 +133,9 @@ def _gguf_with_tokens(
 ) -> Path:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
-    for key in ("embedding_length", "block_count", "feed_forward_length", "head_count"):
+    for key in ("embedding_length", "block_count", "feed_forward_length"):
         getattr(writer, f"add_{key}")(16)
+    writer.add_head_count(8)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model(model)
     writer.add_token_list(tokens)

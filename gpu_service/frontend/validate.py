@@ -146,10 +146,11 @@ async def encode_chat(tokenizer: Tokenizer, chat: types.Chat, model: ServedModel
         raise invalid("chat.messages", "is empty")
     if not all(m["role"] for m in messages):
         raise invalid("chat.messages.role", "is empty")
-    length = sum(len(m["role"]) + len(m["content"]) for m in messages)
-    _check_length("chat.messages", length, tokenizer, model)
+    roles, contents = (sum(len(m[part]) for m in messages) for part in ("role", "content"))
+    _check_length("chat.messages.role", roles, tokenizer, model)
+    _check_length("chat.messages.content", contents, tokenizer, model)
     try:
-        return await _off_loop(length, lambda: tokenizer.render_chat(messages))
+        return await _off_loop(roles + contents, lambda: tokenizer.render_chat(messages))
     except ValueError as error:
         raise ServiceError(Reason.INVALID_ARGUMENT, f"chat: {error}", field="chat") from error
 

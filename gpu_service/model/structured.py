@@ -36,7 +36,7 @@ def limits() -> LLParserLimits:
     """What one grammar may take: a state of its lexer is 1-2 kB, and a mask that would take more
     than about 15 ms ends the request."""
     return LLParserLimits(
-        initial_lexer_fuel=1_000_000,
+        initial_lexer_fuel=200_000,  # a million took a second for a regular expression of 24 bytes
         step_lexer_fuel=200_000,
         step_max_items=50_000,
         max_lexer_states=20_000,

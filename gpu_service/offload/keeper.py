@@ -24,7 +24,7 @@ from typing import Protocol
 import grpc
 
 from gpu_service.offload.host_tier import HostTierState
-from gpu_service.offload.link import Link, LinkBroken, Waker
+from gpu_service.offload.link import MAX_CONTROL, Link, LinkBroken, Waker
 from gpu_service.offload.shape import HostShape, HostTierOptions
 from kernels.cpu import LAYOUT_VERSION
 from neo_common.shm.handoff import HandoffRefused
@@ -38,6 +38,7 @@ _RESUME_SECONDS = 5.0
 _MAX_BEAT_SECONDS = 1.0
 _BEATS_MISSED = 5
 _CLOSE_SECONDS = 5.0
+_MOST_SECONDS = 1e10
 # Nothing that waiting would change.
 _PERMANENT = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -331,9 +332,12 @@ class SessionKeeper:
                 return "the cpu_service has gone"
             now = time.monotonic()
             try:
-                while (message := attachment.link.receive(0)) is not None:
+                # Not all there is: a service that goes on and on must not keep us from the rest.
+                for _ in range(MAX_CONTROL):
+                    if (message := attachment.link.receive(0)) is None:
+                        break
                     self._last_heard = now
-                    if message.WhichOneof("message") == "stats":
+                    if message.WhichOneof("message") == "stats" and _possible(message.stats):
                         self._stats = message.stats
                 if now >= next_beat:
                     sequence, next_beat = sequence + 1, now + beat_seconds
@@ -372,3 +376,8 @@ class SessionKeeper:
         self._release_old()
         self._session_id = os.urandom(16).hex()
         self.view = View(HostTierState.LOST, None, self.view.generation + 1, False)
+
+
+def _possible(stats: pb.SessionStats) -> bool:
+    """A NaN would stay in all that is predicted from it."""
+    return 0 <= stats.busy_seconds < _MOST_SECONDS

@@ -17,6 +17,8 @@ from protos.neo.v1 import cpu_attention_pb2 as pb
 from protos.neo.v1 import cpu_attention_pb2_grpc as pb_grpc
 
 _MAX_QUEUED = 64
+MAX_CONTROL = 256
+"""Control messages that wait to be taken: a service answers what it is asked, one by one."""
 _MAX_MESSAGE_BYTES = 64 << 20
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -78,9 +80,11 @@ class Link:
             for response in self._call:
                 if response.WhichOneof("message") in ("kv_data", "result", "step_error"):
                     self._on_tensor(response)
-                else:
+                elif self._control.qsize() < MAX_CONTROL:
                     self._control.put(response)
                     self._wake()
+                else:
+                    self._call.cancel()
             broken = LinkBroken("the cpu_service ended the stream")
         except grpc.RpcError as error:
             broken = LinkBroken(str(error.details()), error.code())

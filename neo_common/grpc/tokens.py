@@ -239,6 +239,8 @@ class Tokens:
         if known is not None and known[0] > self._clock():
             return known[1]
         claims = self._verify(token, await self._candidates(token, keys))
+        if not isinstance(claims["exp"], int | float):
+            raise refused("the token is malformed")
         principal = _principal(claims)
         if len(self._good) >= CACHED_TOKENS:
             self._good.popitem(last=False)

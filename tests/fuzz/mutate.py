@@ -52,7 +52,8 @@ def mutated(target: Target, data: bytes, others: Sequence[bytes], dice: random.R
             data = _words(data, target.words + _TOKENS, dice)
         else:
             data = _bytes(data, target.words, others, dice)
-    return data[: target.max_bytes]
+        data = data[: target.max_bytes]
+    return data
 
 
 def _bytes(

@@ -17,7 +17,7 @@ _SOURCES = _ROOT / "kernels" / "cpu" / "csrc"
 _FLAGS = (
     *("-std=c++20", "-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=fuzzer,address,undefined"),
     *("-fno-sanitize-recover=undefined", "-pthread", f"-I{_SOURCES}"),
-    # Plain loops only: sanitizers see through those, and clang 14 does not know all features' names.
+    # Plain loops only: sanitizers see through those, and clang 14 does not know all features.
     "-D__builtin_cpu_supports(name)=false",
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")

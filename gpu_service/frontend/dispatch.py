@@ -240,7 +240,7 @@ class Dispatcher:
     async def forget_prefixes(self) -> None:
         """No request that is submitted from now on finds KV of an earlier one. Raises
         ServiceError without an engine."""
-        if self._failure is not None:
+        if self._over:
             raise self._lost()
         await self._engine.send(ForgetPrefixes())
 

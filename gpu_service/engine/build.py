@@ -34,7 +34,7 @@ from kernels.cpu import DType, ThreadPool
 from neo_common.model_spec import ModelSpec
 
 if TYPE_CHECKING:
-    from gpu_service.pipeline.cuda.build import DeferredLimits
+    from gpu_service.pipeline.cuda.build import ExchangeLimits
     from gpu_service.pipeline.cuda.runner import CudaSweeps
 
 _GIB = 1 << 30
@@ -54,13 +54,8 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
     """
     config.validate()
     device = resolve_device(config.device)
-    if config.offload_mode == "asymmetric" and device.type != "cpu":
-        raise ValueError(f"offload_mode asymmetric needs device cpu, which is {device.type}")
-    if streamed_blocks(config) and device.type != "cpu" and not may_defer(config):
-        raise ValueError(
-            f"streamed_kv_blocks needs offload_mode auto or deferred, and offload_transport shm, "
-            f"on {device.type}"
-        )
+    if streamed_blocks(config) and device.type != "cpu" and config.offload_transport != "shm":
+        raise ValueError(f"streamed_kv_blocks needs offload_transport shm on {device.type}")
     batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     config = replace(config, max_batch_tokens=batch_tokens)
     spec = read_spec(config.model)
@@ -89,7 +84,7 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
             max_context_tokens=max_context(config, spec),
             memory_utilization=config.gpu_memory_utilization,
             kv_blocks=config.gpu_kv_blocks,
-            deferred=deferred_limits(config, spec, model.dtype),
+            host=exchange_limits(config, spec, model.dtype),
         )
         gpu, sweeps = open_cuda(model, geometry, limits, progress or (lambda *_: None))
     else:
@@ -161,6 +156,7 @@ def scheduler_limits(
     capacity = max(gpu.blocks, host.blocks) * config.block_tokens
     decides = config.offload_mode == "auto" and host.blocks > 0
     staged = streamed_blocks(config) if sweeps is None else sweeps.cache.layout.staging
+    device_deals = sweeps is not None and sweeps.exchange is not None
     return SchedulerLimits(
         gpu_blocks=gpu.blocks,
         host_blocks=host.blocks,
@@ -174,11 +170,11 @@ def scheduler_limits(
         lease_seconds=config.lease_seconds,
         cohorts=spec.layers + 1 if may_defer(config) and host.defers else 0,
         asymmetric=config.offload_mode == "asymmetric" or (decides and sweeps is None),
-        inline=sweeps is None or not sweeps.table.host,
+        inline=not device_deals,
         auto=decides,
         cohort_rows=sweeps.table.host if sweeps is not None else 0,
         streamed_blocks=staged,
-        host_prefill=sweeps is None or not sweeps.table.host or staged > 0,
+        host_prefill=not device_deals or staged > 0,
         staged_prompts=sweeps is not None and staged > 0,
         prefix_caching=config.prefix_caching,
         host_lossy=config.host_kv_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
@@ -197,22 +193,26 @@ def may_defer(config: GpuServiceConfig) -> bool:
     return mode == "deferred" or (mode == "auto" and config.offload_transport == "shm")
 
 
-def deferred_limits(
+def exchange_limits(
     config: GpuServiceConfig, spec: ModelSpec, dtype: torch.dtype
-) -> DeferredLimits | None:
-    """What CUDA sweeps need to know for deferred mode; None where it is off."""
-    if config.offload == "never" or not config.cpu_services or not may_defer(config):
+) -> ExchangeLimits | None:
+    """What CUDA sweeps need to know to deal with the host tier themselves; None where they do
+    not."""
+    if config.offload == "never" or not config.cpu_services or config.offload_transport != "shm":
         return None
-    from gpu_service.pipeline.cuda.build import DeferredLimits
+    from gpu_service.pipeline.cuda.build import ExchangeLimits
 
     shape = host_shape(config, spec, dtype)
     step = shape.step(
         config.max_running_requests, blocks_for(max_context(config, spec), config.block_tokens)
     )
     kind = shape.layout.dtype
-    host_dtype = torch.int8 if kind is DType.INT8 else TORCH_DTYPES[kind]
-    return DeferredLimits(
-        step, config.sweep_deadline_ms / 1e3, host_dtype, config.streamed_kv_blocks
+    return ExchangeLimits(
+        lanes={"inline": 1, "asymmetric": 2}.get(config.offload_mode, 0),
+        step=step,
+        deadline_seconds=config.sweep_deadline_ms / 1e3,
+        host_dtype=torch.int8 if kind is DType.INT8 else TORCH_DTYPES[kind],
+        streamed_blocks=config.streamed_kv_blocks,
     )
 
 

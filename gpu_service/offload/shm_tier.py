@@ -182,14 +182,10 @@ class ShmHostTier(SessionTier):
         keep = (attachment.memory, pool)
         return MappedSession(attachment.epoch, control, step, pool.memory, keep)
 
-    def publish(self, rows: HostRows) -> int:
-        """Begin a sweep whose rows a device submits and waits for; returns its number. The sweep
-        before may still run. Raises HostTierStalled."""
-        channel = self._up_channel()
-        lanes = [(rows.lengths, rows.block_tables)]
-        status = channel.begin_sweep(lanes, self._timeout_us, True, rows.ranges)
-        self._check(status, channel)
-        return channel.sweep
+    def publish(self, lanes: Sequence[HostRows]) -> int:
+        """As `begin_sweep`, of rows that a device submits and waits for. The sweep before may still
+        run."""
+        return self._begin(lanes, device_rings=True)
 
     def give_up(self, reason: str) -> None:
         """The device has waited in vain: this epoch is over."""
@@ -219,11 +215,15 @@ class ShmHostTier(SessionTier):
         return self._channel
 
     def begin_sweep(self, lanes: Sequence[HostRows]) -> int:
+        return self._begin(lanes, device_rings=False)
+
+    def _begin(self, lanes: Sequence[HostRows], device_rings: bool) -> int:
         channel = self._up_channel()
         status = channel.begin_sweep(
             [(rows.lengths, rows.block_tables) for rows in lanes],
             self._timeout_us,
-            ranges=lanes[0].ranges if lanes else None,
+            device_rings,
+            lanes[0].ranges if lanes else None,
         )
         self._check(status, channel)
         return channel.sweep

@@ -68,6 +68,8 @@ class Scheduler:
         self._prompt_logprobs: dict[int, list[TokenLogprob]] = {}
         self._host_away_since: float | None = None
         self._host_lost = False
+        self._host_works = False
+        """On rows of the last sweep, in blocks that may be given up meanwhile; not as flights."""
         self._news = News()
 
     # -- commands ----------------------------------------------------------------------------
@@ -194,10 +196,13 @@ class Scheduler:
     def may_look_ahead(self) -> bool:
         """The next iteration can be decided without the result of the one that runs.
 
-        Not so with host rows, whose results may be void, unless the device itself deals with them:
-        what is under way is then left alone until it lands, and what has come to nothing is heard
-        of a sweep late. Nor where the next draw is not the device's own and depends on the last."""
+        Not so with host rows, whose results may be void, unless they are deferred and the device
+        itself deals with them: what is under way is then left alone until it lands, and what has
+        come to nothing is heard of a sweep late. Nor where the next draw is not the device's own
+        and depends on the last."""
         limits = self.limits
+        if self._host_works:
+            return False
         device_deals = limits.cohorts > 0 and (limits.staged_prompts or not limits.host_prefill)
         if self.state.flights and not device_deals:
             return False
@@ -213,12 +218,14 @@ class Scheduler:
 
     def _take_off(self, plan: IterationPlan) -> None:
         self.state.launched = plan.number
+        deferred = plan.mode is Mode.DEFERRED
+        self._host_works = not deferred and any(batch.host_decode for batch in plan.batches)
         for batch in plan.batches:
             for chunk in batch.prefill:
                 self._launch(chunk.key, len(chunk.token_ids))
             for row in itertools.chain(batch.gpu_decode, batch.streamed, batch.host_decode):
                 self._launch(row.key, 1)
-            if plan.mode is Mode.DEFERRED:
+            if deferred:
                 for row in batch.host_decode:
                     self.state.take_off(self.state.running_by_key[row.key], plan.number)
 

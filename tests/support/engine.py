@@ -217,27 +217,36 @@ def triton_core(
     made: GpuServiceConfig, model: CausalLM, *, host_blocks: int = 0, **host: Any
 ) -> EngineCore:
     """As `local_core`, with what runs on a CUDA device, here in Triton's interpreter and with
-    padded sizes that suit it. Deferred mode takes the cpu_service that the configuration names."""
-    from gpu_service.engine.build import deferred_limits, max_context
+    padded sizes that suit it. Without `host_blocks` the device deals with the cpu_service that the
+    configuration names."""
+    from gpu_service.engine.build import exchange_limits, max_context
     from gpu_service.offload.factory import open_host_tier
     from gpu_service.pipeline.cuda.build import HOST_ROWS, CudaLimits, open_cuda
     from gpu_service.pipeline.cuda.shapes import ShapeTable
 
     torch.set_num_threads(made.threads)
     geometry = geometry_of(model.spec, made.block_tokens)
-    deferred = deferred_limits(made, model.spec, model.dtype)
+    exchange = None if host_blocks else exchange_limits(made, model.spec, model.dtype)
+    lanes = exchange.lanes if exchange else 0
+    pairs = ((2, 0), (8, 0), (2, 2), (8, 8))[: 2 * lanes]
     limits = CudaLimits(
         max_running=8,
         max_batch_tokens=made.max_batch_tokens,
         max_context_tokens=model.spec.max_context_tokens,
         memory_utilization=1.0,
         kv_blocks=made.gpu_kv_blocks,
-        table=ShapeTable((1, 2, 4, 8), (6, 12, 28), 2, host=HOST_ROWS if deferred else 0),
-        deferred=deferred,
+        table=ShapeTable(
+            (1, 2, 4, 8),
+            (6, 12, 28),
+            2,
+            host=HOST_ROWS if exchange and not lanes else 0,
+            lanes=pairs,
+        ),
+        host=exchange,
     )
     gpu, sweeps = open_cuda(model, geometry, limits, lambda *_: None)
     tier: HostTier = NullHostTier()
-    if deferred:
+    if exchange:
         context = max_context(made, model.spec)
         tier = open_host_tier(
             made, model.spec, model.dtype,

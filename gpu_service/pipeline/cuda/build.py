@@ -40,14 +40,16 @@ class CudaLimits:
     """Size of the KV pool, staging included; 0 means as many as fit."""
     table: ShapeTable | None = None
     """None takes the usual padded sizes."""
-    deferred: DeferredLimits | None = None
+    host: ExchangeLimits | None = None
     """Set where sweeps may have host rows."""
 
 
 @dataclass(frozen=True)
-class DeferredLimits:
-    """What deferred mode needs to know before there is a session."""
+class ExchangeLimits:
+    """What the exchange with the host needs to know before there is a session."""
 
+    lanes: int
+    """Sub-batches whose host rows are waited for; 0: they are deferred."""
     step: StepShape
     deadline_seconds: float
     """How long a sweep waits for the host in one layer."""
@@ -72,20 +74,19 @@ def open_cuda(
 
     Raises ValueError, with the arithmetic, if the pool does not fit.
     """
-    host = HOST_ROWS if limits.deferred else 0
-    table = limits.table or shape_table(limits.max_running, limits.max_batch_tokens, host)
+    table = limits.table or _table(limits)
     buffers = _buffers(model, geometry, limits, table)
     blocks = limits.kv_blocks
     if model.device.type == "cuda":
         _warm_up(model, geometry, limits, buffers)
-        blocks = _pool_blocks(model, geometry, limits, len(list(table.captured())))
-    staging = limits.deferred.streamed_blocks if limits.deferred else 0
+        blocks = _pool_blocks(model, geometry, limits, table)
+    staging = limits.host.streamed_blocks if limits.host else 0
     blocks = without_staging(blocks, staging, geometry.layers)
     kv = TritonDeviceKv(geometry, model.dtype, blocks, model.device, limits.max_running, staging)
     cache = DeviceCache(kv.layout, kv.memory)
     stream = None
-    if limits.deferred is not None and staging:
-        stream = HostStream(kv.layout, limits.deferred.host_dtype)
+    if limits.host is not None and staging:
+        stream = HostStream(kv.layout, limits.host.host_dtype)
     forward = Forward(
         model,
         geometry,
@@ -113,15 +114,22 @@ def open_cuda(
     return kv, sweeps
 
 
+def _table(limits: CudaLimits) -> ShapeTable:
+    host = limits.host
+    deferred, lanes = (0, 0) if host is None else (0 if host.lanes else HOST_ROWS, host.lanes)
+    return shape_table(limits.max_running, limits.max_batch_tokens, deferred, lanes)
+
+
 def _buffers(
     model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, table: ShapeTable
 ) -> _Buffers:
-    rows = max(table.totals[-1], table.decode[-1] + limits.max_batch_tokens) + table.host
+    host = table.host_rows(limits.max_running)
+    rows = max(table.totals[-1], table.decode[-1] + limits.max_batch_tokens) + host
     sequences = table.decode[-1] + max(limits.max_running, table.chunks)
     width = blocks_for(limits.max_context_tokens, geometry.block_tokens)
-    staging = limits.deferred.streamed_blocks if limits.deferred else 0
+    staging = limits.host.streamed_blocks if limits.host else 0
     inputs = SweepInputs(
-        InputLimits(rows, sequences, sequences * width, geometry.layers, table.host, staging),
+        InputLimits(rows, sequences, sequences * width, geometry.layers, host, table.host, staging),
         geometry.block_tokens,
         model.device,
     )
@@ -133,7 +141,7 @@ def _buffers(
     inputs.sources.fill_(-1)
     # Not zeros: the arithmetic's speed depends on what is multiplied.
     inputs.token_ids.random_(model.spec.vocab_size)
-    samples = sequences + table.host
+    samples = sequences + host
     activations = Activations(model, rows, samples, limits.max_running, (sequences, width))
     draws = DeviceDraws(activations.sampler, model.spec.eos_token_ids, model.device)
     return _Buffers(inputs, activations, draws, exchange)
@@ -142,10 +150,10 @@ def _buffers(
 def _exchange(
     model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, rows: int
 ) -> HostExchange | None:
-    if limits.deferred is None:
+    if limits.host is None:
         return None
     return HostExchange(
-        StepOffsets(*limits.deferred.step.offsets()),
+        StepOffsets(*limits.host.step.offsets()),
         geometry.layers,
         rows,
         geometry.query_heads,
@@ -154,7 +162,7 @@ def _exchange(
         model.spec.hidden_size,
         model.dtype,
         model.device,
-        limits.deferred.deadline_seconds,
+        limits.host.deadline_seconds,
     )
 
 
@@ -172,8 +180,10 @@ def _warm_up(
 
 
 def _pool_blocks(
-    model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, graphs: int
+    model: CausalLM, geometry: AttentionGeometry, limits: CudaLimits, table: ShapeTable
 ) -> int:
+    # A second sub-batch goes through the layers, too.
+    graphs = sum(2 if shape.second else 1 for shape in table.captured())
     per_token = 2 * geometry.layers * geometry.kv_heads * geometry.head_dim * model.dtype.itemsize
     block_bytes = per_token * geometry.block_tokens
     torch.cuda.empty_cache()

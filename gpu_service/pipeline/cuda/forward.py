@@ -6,9 +6,18 @@ waits for the host, so the same calls run at once or are captured in a CUDA grap
     then:       rows that are sampled | norm | head | largest logit
 
 Streamed rows are decode rows whose tables name staging; their KV comes and goes on branches
-(`gpu_service.pipeline.cuda.streamed`). Host rows (deferred mode) come last. Beside attention they
-leave for the host, and those that left in the same layer a sweep ago take their place
-(`gpu_service.pipeline.cuda.host_rows`).
+(`gpu_service.pipeline.cuda.streamed`). Host rows come last. Beside attention they leave for the
+host, and come back before the output projection, or, in deferred mode, those that left in the same
+layer a sweep ago take their place (`gpu_service.pipeline.cuda.host_rows`).
+
+Two sub-batches (asymmetric mode) have the buffers' rows one behind the other and take turns; they
+share what a dense step leaves for the next one, since all dense steps are on the main stream:
+
+    main | 1: norm, QKV | 0: norm, QKV, attention | 1: output ... QKV | 0: output ... attention |
+    host               |== lane 1 ===============|                   |== lane 1 ==============|
+                                     |== lane 0 ====================|
+
+The first sub-batch's rows of the device attend as soon as its q, k and v are there.
 """
 
 from __future__ import annotations
@@ -21,19 +30,19 @@ from gpu_service.model.model import CausalLM
 from gpu_service.model.sampling_limits import MOST_LISTED
 from gpu_service.pipeline.cuda.branch import Branch
 from gpu_service.pipeline.cuda.dense import dense_steps
-from gpu_service.pipeline.cuda.host_rows import HostRows
+from gpu_service.pipeline.cuda.host_rows import DeferredRows, HostRows, RowBuffers, WaitedRows
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import multiprocessors
+from gpu_service.pipeline.cuda.rope import RopeStore
 from gpu_service.pipeline.cuda.shapes import padded
 from gpu_service.pipeline.cuda.streamed import StreamedLayers
 from gpu_service.pipeline.device_kv import AttentionGeometry
 from kernels.gpu.decode_attention import DecodeAttention, choose_splits
-from kernels.gpu.host_exchange import HostExchange
+from kernels.gpu.host_exchange import LANES, HostExchange
 from kernels.gpu.host_stream import HostStream
 from kernels.gpu.kv_cache import GpuKvLayout
 from kernels.gpu.prefill_attention import PrefillAttention
 from kernels.gpu.rms_norm import add_rms_norm
-from kernels.gpu.rope_store import rope_store
 from kernels.gpu.sampling import Sampler
 from kernels.gpu.sweep_inputs import embed, expand_tables
 
@@ -76,6 +85,18 @@ class Activations:
         self.block_tables = torch.zeros(tables, dtype=torch.int32, device=device)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """One sub-batch of a sweep."""
+
+    rows: slice
+    """Of the buffers."""
+    is_first: bool
+    """The one with the rows that attend on the device."""
+    host: HostRows | None
+    """None without host rows."""
+
+
 class Forward:
     """The launches. `decode_sizes`: padded numbers of decode rows that will come, ascending."""
 
@@ -99,15 +120,7 @@ class Forward:
         self._cache = cache
         self._inputs = inputs
         self._buffers = activations
-        half = spec.head_dim // 2
-        # The kernel wants cos and sin once each; the table holds cos twice and sin with both signs.
-        cos, sin = model.rope[:, 0, :half], model.rope[:, 1, half:]
-        self._cos_sin = torch.stack((cos, sin), dim=1).contiguous()
-        rotated = (spec.query_heads - 1, spec.query_heads)
-        self._qk_norms = [
-            None if layer.qk_norm is None else layer.qk_norm[list(rotated)].contiguous()
-            for layer in model.layers
-        ]
+        self._rope = RopeStore(model)
         processors = multiprocessors(model.device)
         self._decode = {
             size: DecodeAttention(
@@ -123,9 +136,15 @@ class Forward:
         self._prefill = PrefillAttention(cache.layout, spec.query_heads, model.device, processors)
         self._beside = Branch(model.device)
         """Attention of chunks computes while that of decode rows waits for memory."""
-        self._host: HostRows | None = None
-        if exchange is not None:
-            self._host = HostRows(exchange, cache.layout, inputs, self._cos_sin, model.dtype)
+        self._hosts = () if exchange is None else self._host_rows(exchange)
+
+    def _host_rows(self, exchange: HostExchange) -> tuple[HostRows, ...]:
+        """By sub-batch."""
+        inputs, limits = self._inputs, self._inputs.limits
+        given = exchange, self._cache.layout, inputs, self._rope, self._model.dtype
+        if exchange.rows:
+            return (DeferredRows(*given),)
+        return tuple(WaitedRows(*given, limits.host, lane) for lane in range(LANES))
 
     @torch.inference_mode()
     def run(self, shape: SweepShape, longest: int) -> None:
@@ -134,12 +153,8 @@ class Forward:
 
         Afterwards `drawn` and `logits` hold its samples, in the inputs' order, and `residual` plus
         `update` the state of all rows."""
-        given, buffers, model = self._inputs, self._buffers, self._model
-        rows = shape.rows + shape.host
-        host = self._host if shape.host else None
-        arriving = buffers.attended[shape.rows : rows]
-        if host is not None:
-            host.begin(arriving)
+        given, buffers = self._inputs, self._buffers
+        parts = self._parts(shape)
         if self._streamed is not None:
             self._streamed.begin()
         tables = buffers.block_tables[: shape.sequences]
@@ -147,66 +162,95 @@ class Forward:
         expand_tables(
             given.blocks, given.table_starts[counted], given.table_counts[counted], tables
         )
-        residual, update = buffers.residual[:rows], buffers.update[:rows]
-        dense = buffers.dense
-        embed(
-            given.token_ids[:rows], given.sources[:rows], buffers.drawn, model.embedding, residual
-        )
-        for index, layer in enumerate(model.layers):
-            added, total = (update, residual) if index else (residual, None)
-            qkv = buffers.qkv[:rows].flatten(1)
-            dense.normed(layer.qkv, added, total, layer.input_norm, qkv)
-            self._attention(index, shape, longest)
-            dense.plain(layer.output, buffers.attended[:rows].flatten(1), update)
-            if host is not None:
-                host.used(index, arriving)
-            gate_up = buffers.gate_up[:rows]
-            dense.normed(layer.gate_up, update, residual, layer.post_norm, gate_up)
-            dense.gated(layer.down, gate_up, update)
+        rows = shape.all_rows
+        residual, embedding = buffers.residual[:rows], self._model.embedding
+        embed(given.token_ids[:rows], given.sources[:rows], buffers.drawn, embedding, residual)
+        layers = len(self._model.layers)
+        for part in parts:
+            self._into_attention(0, part, shape, longest)
+        for index in range(layers):
+            for part in parts:
+                self._out_of_attention(index, part)
+                if index + 1 < layers:
+                    self._into_attention(index + 1, part, shape, longest)
         self._head(shape)
-        if host is not None:
-            host.end()
+        for part in parts:
+            if part.host is not None:
+                part.host.end()
         if self._streamed is not None:
             self._streamed.end()
 
-    def _attention(self, index: int, shape: SweepShape, longest: int) -> None:
+    def _parts(self, shape: SweepShape) -> list[_Part]:
+        """In the order of their turns; their host rows have begun."""
+        first = slice(0, shape.rows + shape.host)
+        parts = [_Part(first, True, self._begun(0, slice(shape.rows, first.stop)))]
+        if shape.second:
+            second = slice(first.stop, shape.all_rows)
+            parts.insert(0, _Part(second, False, self._begun(1, second)))
+        return parts
+
+    def _begun(self, lane: int, rows: slice) -> HostRows | None:
+        if rows.start == rows.stop:
+            return None
+        buffers, host = self._buffers, self._hosts[lane]
+        host.begin(
+            RowBuffers(
+                qkv=buffers.qkv[rows],
+                q=buffers.q[rows],
+                attended=buffers.attended[rows],
+                residual=buffers.residual[rows],
+                positions=self._inputs.positions[rows],
+            )
+        )
+        return host
+
+    def _into_attention(self, index: int, part: _Part, shape: SweepShape, longest: int) -> None:
+        """The layer's begin: up to attention, which has been launched."""
+        buffers, layer = self._buffers, self._model.layers[index]
+        residual, update = buffers.residual[part.rows], buffers.update[part.rows]
+        added, total = (update, residual) if index else (residual, None)
+        qkv = buffers.qkv[part.rows].flatten(1)
+        buffers.dense.normed(layer.qkv, added, total, layer.input_norm, qkv)
+        if part.host is not None:
+            part.host.leave(index)
+        if part.is_first:
+            self._attend(index, shape, longest)
+
+    def _out_of_attention(self, index: int, part: _Part) -> None:
+        """The layer's end."""
+        buffers, layer = self._buffers, self._model.layers[index]
+        dense = buffers.dense
+        residual, update = buffers.residual[part.rows], buffers.update[part.rows]
+        if part.host is not None:
+            part.host.ready()
+        dense.plain(layer.output, buffers.attended[part.rows].flatten(1), update)
+        if part.host is not None:
+            part.host.used(index)
+        gate_up = buffers.gate_up[part.rows]
+        dense.normed(layer.gate_up, update, residual, layer.post_norm, gate_up)
+        dense.gated(layer.down, gate_up, update)
+
+    def _attend(self, index: int, shape: SweepShape, longest: int) -> None:
+        """Rows that attend on the device, if there are any."""
         given, buffers, rows = self._inputs, self._buffers, shape.rows
-        left = self._leave(index, shape)
         if self._streamed is not None:
             self._streamed.ready(index)
-        rope_store(
+        self._rope(
+            index,
             buffers.qkv[:rows],
-            self._cos_sin,
             given.positions[:rows],
             given.slots[:rows],
             buffers.q[:rows],
             self._cache.memory[index],
             self._cache.layout,
-            qk_norm=self._qk_norms[index],
-            eps=self._model.spec.norm_eps,
-            layer=index,
+            staging_layer=index,
         )
         with self._beside.forked(shape.decode and shape.prefill):
             self._attend_chunks(index, shape, longest)
         self._attend_decode(index, shape)
         self._beside.join()
-        if self._host is not None and shape.host:
-            self._host.ready(left)
         if self._streamed is not None:
             self._streamed.read(index)
-
-    def _leave(self, index: int, shape: SweepShape) -> torch.cuda.Event | None:
-        if self._host is None or not shape.host:
-            return None
-        buffers, rows = self._buffers, slice(shape.rows, shape.rows + shape.host)
-        return self._host.leave(
-            index,
-            buffers.qkv[rows],
-            buffers.q[rows],
-            buffers.residual[rows],
-            self._qk_norms[index],
-            self._model.spec.norm_eps,
-        )
 
     def _attend_decode(self, index: int, shape: SweepShape) -> None:
         decode, buffers = shape.decode, self._buffers
@@ -246,7 +290,7 @@ class Forward:
         buffers, model, samples = self._buffers, self._model, shape.samples
         chosen = self._inputs.samples[:samples]
         update, residual = buffers.sampled[0, :samples], buffers.sampled[1, :samples]
-        rows = shape.rows + shape.host
+        rows = shape.all_rows
         torch.index_select(buffers.update[:rows], 0, chosen, out=update)
         torch.index_select(buffers.residual[:rows], 0, chosen, out=residual)
         add_rms_norm(update, residual, model.final_norm, update, eps=model.spec.norm_eps)

@@ -71,7 +71,7 @@ class SweepGraphs:
         return max(0.0, statistics.median(added)) if added else None
 
     def _note(self, shape: SweepShape, milliseconds: float) -> None:
-        if shape.host:
+        if shape.host or shape.second:
             if not shape.prefill:
                 self._beside_host_ms[shape.rows] = milliseconds
             return

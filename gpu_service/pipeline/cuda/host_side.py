@@ -1,8 +1,10 @@
-"""The host tier as CUDA sweeps use it in deferred mode: KV moves as kernels, and rows that the
-device itself submits and waits for. The engine's thread says who they are, and hears how it went.
+"""The host tier as CUDA sweeps use it: KV moves as kernels, and rows that the device itself submits
+and waits for. The engine's thread says who they are, and hears how it went.
 
-A sweep is launched before the one before it has ended: whether the host came in time is known one
-sweep late. Then all that is under way has come to nothing, what has started meanwhile included.
+A deferred sweep is launched before the one before it has ended: whether the host came in time is
+known one sweep late. Then all that is under way has come to nothing, what has started meanwhile
+included. Host rows that are waited for in their own sweep are known to be void, or not, before the
+next sweep is decided.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpu_service.offload.host_tier import HostTierStalled, HostTierState
+from gpu_service.offload.host_tier import HostRows, HostTierStalled, HostTierState
 from gpu_service.offload.session_tier import TORCH_DTYPES
 from gpu_service.offload.shm_tier import ShmHostTier
 from gpu_service.pipeline.batch import decode_tables
@@ -22,7 +24,16 @@ from gpu_service.pipeline.cohorts import Cohort, host_rows, no_tables
 from gpu_service.pipeline.cuda.forward import DeviceCache
 from gpu_service.pipeline.cuda.inputs import HostInputs, Longs
 from gpu_service.pipeline.cuda.registered import RegisteredSession
-from gpu_service.scheduling.plan import Flight, IterationPlan, Migration, Mode, SubBatch, Tier
+from gpu_service.pipeline.cuda.staging import Ints
+from gpu_service.scheduling.plan import (
+    DecodeRow,
+    Flight,
+    IterationPlan,
+    Migration,
+    Mode,
+    SubBatch,
+    Tier,
+)
 from kernels.cpu import DType
 from kernels.gpu.host_exchange import HostExchange, StepOffsets
 from kernels.gpu.host_pieces import HostPieces
@@ -36,8 +47,9 @@ class HostSweep:
 
     inputs: HostInputs
     epoch: int
-    finishing: Cohort
-    """Its rows come through the last layer; in this order they are the sweep's last samples."""
+    finishing: Cohort | None
+    """Deferred mode: its rows come through the last layer; in this order they are the sweep's last
+    samples. None: `inputs.lanes` are."""
 
 
 _LOG = logging.getLogger(__name__)
@@ -118,11 +130,35 @@ class HostSide:
 
     # -- sweeps ------------------------------------------------------------------------------
 
-    def begin(self, plan: IterationPlan, batch: SubBatch) -> HostSweep | None:
-        """Publish a deferred sweep's rows. None, and all under way is lost, if the host is away."""
-        assert plan.mode is Mode.DEFERRED
-        tables = decode_tables(batch.host_decode, self._cache.layout.block_tokens)
-        flights = tuple(Flight(row.key, plan.number) for row in batch.host_decode)
+    def begin(self, plan: IterationPlan) -> HostSweep | None:
+        """Publish a sweep's host rows. None if the host is away: deferred, all under way is lost;
+        else those rows are void."""
+        if plan.mode is Mode.DEFERRED:
+            (batch,) = plan.batches or (SubBatch(),)
+            return self._begin_deferred(plan.number, batch.host_decode)
+        return self._begin_waited([batch.host_decode for batch in plan.batches])
+
+    def _begin_waited(self, lanes: Sequence[Sequence[DecodeRow]]) -> HostSweep | None:
+        registered = self._session()
+        if registered is None:
+            return None
+        size = self._cache.layout.block_tokens
+        tables = [decode_tables(rows, size) or no_tables() for rows in lanes]
+        try:
+            sweep = self._tier.publish([HostRows(t.lengths, t.block_tables) for t in tables])
+        except HostTierStalled:
+            return None
+        # No sweep with host rows is unfinished: the status is this one's alone.
+        self._exchange.status.zero_()
+        counts = np.zeros(self._cache.layout.layers + 2, np.int32)
+        counts[: len(lanes)] = [len(rows) for rows in lanes]
+        return HostSweep(
+            self._inputs(registered, lanes, counts, sweep, None), registered.session.epoch, None
+        )
+
+    def _begin_deferred(self, number: int, rows: Sequence[DecodeRow]) -> HostSweep | None:
+        tables = decode_tables(rows, self._cache.layout.block_tokens)
+        flights = tuple(Flight(row.key, number) for row in rows)
         starting = Cohort(flights, tables) if tables else self._nobody
         assert len(flights) <= self._exchange.rows
         before = self._registered
@@ -134,26 +170,35 @@ class HostSide:
         cohorts = [starting, *self._waiting]
         try:
             # The cohort that waits for the last layer submits no more.
-            sweep = self._tier.publish(host_rows(cohorts[:-1], self._cache.layout.block_tokens))
+            submitting = host_rows(cohorts[:-1], self._cache.layout.block_tokens)
+            sweep = self._tier.publish([submitting])
         except HostTierStalled:
             return None
         if not any(cohort.flights for cohort in self._waiting):
             self._exchange.status.zero_()
         self._waiting = cohorts[:-1]
-        inputs = self._inputs(registered, batch, cohorts, sweep)
+        counts = np.array([*(len(cohort.flights) for cohort in cohorts), 0], np.int32)
+        inputs = self._inputs(registered, [rows], counts, sweep, self._positions(cohorts[:-1]))
         return HostSweep(inputs, registered.session.epoch, cohorts[-1])
 
-    def _inputs(
-        self, registered: RegisteredSession, batch: SubBatch, cohorts: list[Cohort], sweep: int
-    ) -> HostInputs:
-        layers, rows = self._cache.layout.layers, self._exchange.rows
-        positions = np.zeros((layers, rows), np.int32)
-        for layer, cohort in enumerate(cohorts[:-1]):
+    def _positions(self, leaving: Sequence[Cohort]) -> Ints:
+        positions = np.zeros((len(leaving), self._exchange.rows), np.int32)
+        for layer, cohort in enumerate(leaving):
             positions[layer, : len(cohort.flights)] = cohort.tables.lengths - 1
-        counts = np.array([*(len(c.flights) for c in cohorts), sweep], np.uint32).view(np.int32)
+        return positions
+
+    def _inputs(
+        self,
+        registered: RegisteredSession,
+        lanes: Sequence[Sequence[DecodeRow]],
+        counts: Ids,
+        sweep: int,
+        positions: Ints | None,
+    ) -> HostInputs:
+        counts.view(np.uint32)[-1] = sweep
         session = registered.session
         bases = np.array([session.control[0], session.step[0]], np.int64)
-        return HostInputs(batch.host_decode, positions, counts, bases)
+        return HostInputs(lanes, counts, bases, positions)
 
     def send_status(self) -> torch.Tensor:
         """Behind a sweep: how it went, once the device has come to here."""
@@ -163,13 +208,15 @@ class HostSide:
         return landing
 
     def landed(self, sweep: HostSweep, status: torch.Tensor) -> tuple[Flight, ...] | None:
-        """Who has come through; None, and all under way is lost, if the host came too late."""
+        """Deferred rows that have come through; None if the host came too late: all under way is
+        lost, or the sweep's host rows are void."""
         if int(status) and self._tier.epoch != sweep.epoch:
             return None
         if int(status):
             self._tier.give_up("the cpu_service did not answer a sweep of the device in time")
             return None
-        here = tuple(f for f in sweep.finishing.flights if f in self._under_way)
+        finishing = sweep.finishing or self._nobody
+        here = tuple(f for f in finishing.flights if f in self._under_way)
         for flight in here:
             del self._under_way[flight]
         return here

@@ -5,8 +5,9 @@
     samples:    | decode, padded | chunks that end in the last known token, padded | host rows |
 
 Decode rows are those of the GPU tier, then streamed ones. Tables of streamed rows, and of chunks
-for the host tier, name blocks in staging (`gpu_service.pipeline.cuda.staging`). Padding rows read
-token 0 at position 0 and store nothing (slot -1); padding sequences have no blocks and no length.
+for the host tier, name blocks in staging (`gpu_service.pipeline.cuda.staging`). Host rows are those
+of the first sub-batch, padded, then those of the second, padded. Padding rows read token 0 at
+position 0 and store nothing (slot -1); padding sequences have no blocks and no length.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class SweepShape:
     chunks: int
     """Prompt chunks; 0 if and only if `prefill` is."""
     host: int = 0
-    """Host rows beside them, in deferred mode."""
+    """Host rows beside them."""
+    second: int = 0
+    """Those of the second sub-batch, which has no others."""
 
     @property
     def rows(self) -> int:
@@ -44,12 +47,16 @@ class SweepShape:
         return self.decode + self.prefill
 
     @property
+    def all_rows(self) -> int:
+        return self.rows + self.host + self.second
+
+    @property
     def sequences(self) -> int:
         return self.decode + self.chunks
 
     @property
     def samples(self) -> int:
-        return self.sequences + self.host
+        return self.sequences + self.host + self.second
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,9 @@ class InputLimits:
     """Block ids of all sequences."""
     layers: int = 0
     host: int = 0
-    """Host rows beside the others; 0: never any."""
+    """Host rows of all sub-batches; 0: never any."""
+    deferred: int = 0
+    """Host rows of each layer in deferred mode."""
     staging: int = 0
     """Blocks in staging."""
 
@@ -72,14 +81,15 @@ class InputLimits:
 class HostInputs:
     """What a sweep needs to know of its host rows."""
 
-    starting: Sequence[DecodeRow]
-    positions: Ints
-    """`[layers, rows]`: of those that leave in each layer."""
+    lanes: Sequence[Sequence[DecodeRow]]
+    """Those that begin with the sweep, by sub-batch."""
     counts: Ints
-    """`[layers + 2]`: how many leave in each layer, how many come through the last one, and the
-    sweep's number."""
+    """`[layers + 2]`: how many each lane has; in deferred mode, how many leave in each layer and
+    how many come through the last one. Last the sweep's number."""
     bases: Longs
     """`[2]`: addresses of control and step memory."""
+    positions: Ints | None = None
+    """`[layers, rows]`, in deferred mode: of those that leave in each layer."""
 
 
 class _Packed:
@@ -112,7 +122,7 @@ def _arrays(limits: InputLimits) -> dict[str, tuple[int, type[np.generic]]]:
         "positions": (rows, np.int64),
         "slots": (rows, np.int64),
         "samples": (sequences + limits.host, np.int64),
-        "host_positions": (limits.layers * limits.host, np.int64),
+        "host_positions": (limits.layers * limits.deferred, np.int64),
         "host_bases": (2, np.int64),
         "host_counts": (limits.layers + 2, np.int32),
         "sources": (rows, np.int32),
@@ -156,8 +166,8 @@ class SweepInputs:
         """int64 `[rows]`: where K and V go; -1 for padding."""
         self.samples = device_views["samples"]
         """int64 `[samples]`: rows whose next token is drawn."""
-        self.host_positions = device_views["host_positions"].view(limits.layers, limits.host)
-        """int64 `[layers, host rows]`"""
+        self.host_positions = device_views["host_positions"].view(limits.layers, limits.deferred)
+        """int64 `[layers, deferred rows]`"""
         self.host_bases = device_views["host_bases"]
         """int64 `[2]`"""
         self.host_counts = device_views["host_counts"]
@@ -196,7 +206,7 @@ class SweepInputs:
         drawn: choice -> index of its token among those that the sweep before drew. pool: as
         `stream_pool`, if a row or chunk goes through staging.
         """
-        assert (host is None) == (shape.host == 0)
+        assert (host is None) == (shape.host + shape.second == 0)
         self._turn ^= 1
         arrays = self._host[self._turn]
         self._clear(arrays, shape)
@@ -215,7 +225,7 @@ class SweepInputs:
         return indices
 
     def _clear(self, arrays: dict[str, npt.NDArray[np.generic]], shape: SweepShape) -> None:
-        rows = shape.rows + shape.host
+        rows = shape.all_rows
         for name in ("token_ids", "positions"):
             arrays[name][:rows] = 0
         arrays["slots"][:rows] = -1
@@ -231,14 +241,15 @@ class SweepInputs:
         shape: SweepShape,
         drawn: Mapping[int, int],
     ) -> None:
-        for place, row in enumerate(host.starting, shape.rows):
-            arrays["token_ids"][place] = row.token_id
-            if row.token_id == PENDING_TOKEN:
-                arrays["sources"][place] = drawn[row.key]
-        arrays["samples"][shape.sequences : shape.samples] = np.arange(
-            shape.rows, shape.rows + shape.host
-        )
-        arrays["host_positions"][:] = host.positions.ravel()
+        for rows, first in zip(host.lanes, (shape.rows, shape.rows + shape.host), strict=False):
+            for place, row in enumerate(rows, first):
+                arrays["token_ids"][place] = row.token_id
+                arrays["positions"][place] = row.length - 1
+                if row.token_id == PENDING_TOKEN:
+                    arrays["sources"][place] = drawn[row.key]
+        arrays["samples"][shape.sequences : shape.samples] = np.arange(shape.rows, shape.all_rows)
+        if host.positions is not None:
+            arrays["host_positions"][:] = host.positions.ravel()
         arrays["host_counts"][:] = host.counts
         arrays["host_bases"][:] = host.bases
 

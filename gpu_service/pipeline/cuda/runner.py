@@ -1,10 +1,9 @@
-"""Runs plans on a CUDA device. A GPU-only sweep is queued and not waited for; the tokens it draws
-stay on the device for the sweep after it."""
+"""Runs plans on a CUDA device. A sweep is queued and not waited for; the tokens it draws stay on
+the device for the sweep after it."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,19 +19,18 @@ from gpu_service.pipeline.cuda.graphs import SweepGraphs
 from gpu_service.pipeline.cuda.host_side import HostSide, HostSweep
 from gpu_service.pipeline.cuda.inputs import Longs, SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.logprobs import LandingLogprobs, SweepLogprobs
+from gpu_service.pipeline.cuda.queued import Arriving, Beside, QueuedSweep, arriving_rows
 from gpu_service.pipeline.cuda.sampling import DeviceDraws, Draw
 from gpu_service.pipeline.cuda.shapes import ShapeTable
 from gpu_service.pipeline.launch import DoneSweep, LaunchedSweep
-from gpu_service.pipeline.results import is_out_of_memory, nothing_to_draw, out_of_memory
+from gpu_service.pipeline.results import is_out_of_memory, out_of_memory
 from gpu_service.pipeline.runner import PlanRunner
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import (
     PENDING_TOKEN,
     DecodeRow,
-    Flight,
     IterationPlan,
     Mode,
-    SampledToken,
     SubBatch,
     SweepResult,
     Tier,
@@ -44,7 +42,7 @@ _BYTES_PER_SECOND = 3e12
 
 @dataclasses.dataclass(frozen=True)
 class CudaSweeps:
-    """What runs a GPU-only sweep."""
+    """What runs a sweep."""
 
     model: CausalLM
     table: ShapeTable
@@ -55,7 +53,7 @@ class CudaSweeps:
     forward: Forward
     graphs: SweepGraphs
     exchange: HostExchange | None = None
-    """Deferred mode's; None without it."""
+    """None where the device does not deal with the host tier itself."""
 
     def costs(self) -> SweepCosts:
         """As timed at start, with attention at a high-end device's bandwidth: the first sweeps
@@ -73,8 +71,8 @@ class CudaSweeps:
 
 
 class CudaRunner:
-    """A `Runner`. In deferred mode the device itself deals with the host tier (`host`); else sweeps
-    that the host tier takes part in run in `inline`, one at a time."""
+    """A `Runner`. The device itself deals with the host tier (`host`); without it, sweeps that the
+    host tier takes part in run in `inline`, one at a time."""
 
     def __init__(
         self, sweeps: CudaSweeps, sampler: Sampler, inline: PlanRunner, host: HostSide | None
@@ -105,17 +103,18 @@ class CudaRunner:
             return self._inline.launch(resolved, known)
         begin = self._mark()
         lost = self._host.migrate(plan.migrations) if self._host else frozenset()
-        (batch,) = plan.batches or (SubBatch(),)
-        beside = None
-        if plan.mode is Mode.DEFERRED:
+        batch = plan.batches[0] if plan.batches else SubBatch()
+        beside, waited = None, frozenset(_waited_for(plan))
+        if plan.mode is Mode.DEFERRED or waited:
             assert self._host is not None
-            beside = self._host.begin(plan, batch)
+            beside = self._host.begin(plan)
+        void = waited if beside is None else frozenset()
         batch, pool, gone = self._staged(batch)
         lost |= gone
-        if beside is None and not plan.batches:
-            return DoneSweep(self._nothing(plan, lost))
+        if beside is None and not (batch.prefill or batch.gpu_decode or batch.streamed):
+            return DoneSweep(self._nothing(plan, lost, void))
         try:
-            return self._queue(plan, batch, beside, pool, sampling, begin, lost)
+            return self._queue(plan, batch, beside, pool, sampling, begin, lost, void)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -137,10 +136,13 @@ class CudaRunner:
         gone = frozenset(c.key for c in chunks) | frozenset(row.key for row in batch.streamed)
         return dataclasses.replace(batch, prefill=kept, streamed=()), None, gone
 
-    def _nothing(self, plan: IterationPlan, lost: frozenset[int]) -> SweepResult:
-        """Of a plan without rows: the host is away, and what was under way has come to nothing."""
+    def _nothing(
+        self, plan: IterationPlan, lost: frozenset[int], void: frozenset[int]
+    ) -> SweepResult:
+        """Of a plan without rows of the device: the host is away, and what was under way has come
+        to nothing."""
         landed = self._host.lose() if self._host and plan.mode is Mode.DEFERRED else ()
-        return SweepResult(lost=lost, landed=landed)
+        return SweepResult(void=void, lost=lost, landed=landed)
 
     def _queue(
         self,
@@ -151,24 +153,27 @@ class CudaRunner:
         sampling: Mapping[int, SamplingRow],
         begin: torch.cuda.Event | None,
         lost: frozenset[int],
+        void: frozenset[int],
     ) -> QueuedSweep:
-        shape = self._sweeps.table.shape_for(batch, deferred=beside is not None)
         inputs = beside.inputs if beside else None
+        deferred = beside is not None and plan.mode is Mode.DEFERRED
+        lanes = [len(rows) for rows in inputs.lanes] if inputs and not deferred else []
+        shape = self._sweeps.table.shape_for(batch, deferred=deferred, lanes=lanes)
         self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn, inputs, pool)
         if not self._sweeps.graphs.replay(shape):
             longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
             self._sweeps.forward.run(shape, longest)
-        arriving = _arriving(batch, beside, shape, sampling)
+        arriving = arriving_rows(batch, beside, shape, sampling)
         logprobs = self._sample(batch, arriving, sampling)
         logprobs.prompts = self._prompt_logprobs(batch, shape, sampling)
         host = None
-        if plan.mode is Mode.DEFERRED:
+        if plan.mode is Mode.DEFERRED or beside is not None:
             assert self._host is not None
             host = Beside(self._host, beside, self._host.send_status(), arriving)
         landing = self._landing_copy(shape)
         end = self._mark()
         events = (begin, end) if begin and end else None
-        return QueuedSweep(events, landing, self._drawn, sampling, logprobs, lost, host)
+        return QueuedSweep(events, landing, self._drawn, sampling, logprobs, lost, void, host)
 
     def _mark(self) -> torch.cuda.Event | None:
         """Now, in the device's time."""
@@ -287,104 +292,11 @@ class CudaRunner:
         return dataclasses.replace(plan, batches=batches), said
 
 
-@dataclasses.dataclass(frozen=True)
-class Arriving:
-    """A host row that comes through the last layer and may draw."""
-
-    length: int
-    """Tokens attended."""
-    place: int
-    """Its row of the sweep's logits."""
-
-
-def _arriving(
-    batch: SubBatch,
-    beside: HostSweep | None,
-    shape: SweepShape,
-    sampling: Mapping[int, SamplingRow],
-) -> dict[int, Arriving]:
-    """By choice: those that still run. One with a row of its own in this sweep began anew since."""
-    if beside is None:
-        return {}
-    busy = {chunk.key for chunk in batch.prefill}
-    busy |= {row.key for row in (*batch.gpu_decode, *batch.streamed)}
-    cohort = beside.finishing
-    lengths = cohort.tables.lengths.tolist()
-    return {
-        flight.key: Arriving(length, place)
-        for place, (flight, length) in enumerate(
-            zip(cohort.flights, lengths, strict=True), shape.sequences
-        )
-        if flight.key not in busy and flight.key in sampling
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Beside:
-    """The host's part of a queued deferred sweep."""
-
-    side: HostSide
-    sweep: HostSweep | None
-    """None if the host was away."""
-    status: torch.Tensor
-    arriving: Mapping[int, Arriving]
-
-    def result(self) -> tuple[tuple[Flight, ...], bool]:
-        """Rows that are under way no more, and whether they came through."""
-        here = None if self.sweep is None else self.side.landed(self.sweep, self.status)
-        return (self.side.lose(), False) if here is None else (here, True)
-
-
-class QueuedSweep:
-    """A sweep whose tokens are on their way to the host."""
-
-    def __init__(
-        self,
-        events: tuple[torch.cuda.Event, torch.cuda.Event] | None,
-        landing: torch.Tensor,
-        indices: dict[int, int],
-        sampling: Mapping[int, SamplingRow],
-        logprobs: SweepLogprobs,
-        lost: frozenset[int],
-        host: Beside | None,
-    ) -> None:
-        self._sampling = sampling
-        self._events = events
-        self._landing = landing
-        self._indices = indices
-        self._logprobs = logprobs
-        self._lost = lost
-        self._host = host
-
-    @property
-    def is_done(self) -> bool:
-        """Never asked for again once it is: it stays in flight until the next one is launched."""
-        return False
-
-    def result(self) -> SweepResult:
-        device_seconds, waiting = 0.0, time.perf_counter()
-        if self._events is not None:
-            begin, end = self._events
-            end.synchronize()
-            device_seconds = 1e-3 * float(begin.elapsed_time(end))
-        waited = time.perf_counter() - waiting
-        ids: list[int] = self._landing.tolist()
-        drawn = {key: ids[index] for key, index in self._indices.items()}
-        landed, came = self._host.result() if self._host else ((), True)
-        if self._host is not None and came:
-            here = {flight.key for flight in landed}
-            arriving = self._host.arriving.items()
-            drawn.update((key, ids[row.place]) for key, row in arriving if key in here)
-        logprobs = self._logprobs.of_tokens(drawn)
-        return SweepResult(
-            tokens={k: SampledToken(t, logprobs.get(k)) for k, t in drawn.items() if t >= 0},
-            lost=self._lost,
-            failed={k: nothing_to_draw(self._sampling.get(k)) for k, t in drawn.items() if t < 0},
-            landed=landed,
-            prompt_logprobs=self._logprobs.of_prompts(),
-            device_seconds=device_seconds,
-            waited_seconds=waited,
-        )
+def _waited_for(plan: IterationPlan) -> list[int]:
+    """Choices whose host rows come back in the layer where they leave."""
+    if plan.mode is Mode.DEFERRED:
+        return []
+    return [row.key for batch in plan.batches for row in batch.host_decode]
 
 
 def _uses_host(batch: SubBatch) -> bool:

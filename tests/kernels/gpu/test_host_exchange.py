@@ -1,4 +1,5 @@
-"""Rows that leave in one sweep and come back in the next, with the real worker at the other end."""
+"""Rows that leave in a sweep and come back in it, or in the next one, with the real worker at the
+other end."""
 
 from __future__ import annotations
 
@@ -92,19 +93,71 @@ class Device:
         due, state = self.waiting[layer]
         self.waiting[layer] = (it.expected(layer, lane, arrays), residual[:rows].cpu().clone())
         out = torch.full_like(q, 9.0)
-        exchange.arrive(layer, out, self.bases, counts)
-        exchange.depart(layer, q, kv, residual, self.bases, counts)
-        exchange.ring(layer, self.bases, counts)
+        at = exchange.deferred(layer)
+        exchange.arrive(at, out, self.bases, counts)
+        exchange.depart(at, q, kv, self.bases, counts, residual)
+        exchange.ring(at, self.bases, counts)
         assert int(exchange.status) == 0, "the host was not waited for, or did not come"
         np.testing.assert_array_equal(out[: len(due)].cpu().numpy(), due)
         assert (out[len(due) :] == 9).all()
         assert torch.equal(residual[: len(state)].cpu(), state)
 
 
-def exchange_of(made: type[HostExchange], deadline: float = 5.0) -> HostExchange:
+class TwoLanes:
+    """What a sweep does whose host rows it waits for: each layer of lane 1 leaves before lane 0 is
+    waited for."""
+
+    def __init__(self, it: Rig, exchange: HostExchange) -> None:
+        self.it = it
+        self.exchange = exchange
+        addresses = [address(it.control), address(it.step)]
+        self.bases = torch.tensor(addresses, dtype=torch.int64, device=DEVICE)
+
+    def sweep(self, lanes: list[LANE]) -> None:
+        it, exchange = self.it, self.exchange
+        assert it.channel.begin_sweep(lanes, SECOND_US, device_rings=True) is WaitStatus.OK
+        numbers = [0] * (SHAPE.layers + 2)
+        numbers[: len(lanes)] = [len(lengths) for lengths, _ in lanes]
+        numbers[-1] = it.channel.sweep
+        counts = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+        for layer in range(SHAPE.layers):
+            due = {
+                lane: self._leave(layer, lane, rows, counts)
+                for lane, rows in reversed(list(enumerate(lanes)))
+            }
+            for lane in range(len(lanes)):
+                out = torch.full((17, SHAPE.query_heads, SHAPE.head_dim), 9.0, device=DEVICE)
+                exchange.arrive(exchange.waited(lane, layer), out, self.bases, counts)
+                assert int(exchange.status) == 0, "the host was not waited for, or did not come"
+                np.testing.assert_array_equal(out[: len(due[lane])].cpu().numpy(), due[lane])
+                assert (out[len(due[lane]) :] == 9).all()
+
+    def _leave(self, layer: int, lane: int, rows: LANE, counts: torch.Tensor) -> Floats:
+        """Padded to two blocks of K and V. Returns what is to come back."""
+        exchange, count = self.exchange, len(rows[0])
+        arrays = self.it.inputs(count)
+        q = torch.full((17, SHAPE.query_heads, SHAPE.head_dim), 7.0, device=DEVICE)
+        kv = torch.full((2, 2, SHAPE.kv_heads, 16, SHAPE.head_dim), 7.0, device=DEVICE)
+        q[:count] = torch.from_numpy(arrays[0])
+        for part, array in enumerate(arrays[1:]):
+            kv[0, part, :, :count] = torch.from_numpy(array).transpose(0, 1)
+        at = exchange.waited(lane, layer)
+        exchange.depart(at, q, kv, self.bases, counts)
+        exchange.ring(at, self.bases, counts)
+        return self.it.expected(layer, rows, arrays)
+
+
+def together(it: Rig, device: TwoLanes) -> None:
+    """Sub-batches of all sizes, among them empty ones, and sweeps with one."""
+    for first, second in (([20, 33], [5]), ([], [40, 1]), ([2], []), ([16, 17], [18, 3, 9])):
+        device.sweep([it.rows(first), it.rows(second)])
+    device.sweep([it.rows([1, 17, 30])])
+
+
+def exchange_of(made: type[HostExchange], deadline: float = 5.0, rows: int = ROWS) -> HostExchange:
     offsets = StepOffsets(*SHAPE.offsets())
     heads = (SHAPE.query_heads, SHAPE.kv_heads, SHAPE.head_dim)
-    return made(offsets, SHAPE.layers, ROWS, *heads, HIDDEN, torch.float32, DEVICE, deadline)
+    return made(offsets, SHAPE.layers, rows, *heads, HIDDEN, torch.float32, DEVICE, deadline)
 
 
 def fly(it: Rig, device: Device, sweeps: int = 6) -> None:
@@ -121,6 +174,11 @@ def test_results_are_those_of_the_host_a_sweep_later() -> None:
         fly(it, Device(it, exchange_of(HostExchange)), 9)
 
 
+def test_results_of_two_lanes_are_those_of_the_host_in_the_same_sweep() -> None:
+    with rig() as it, registered(it.control, it.step):
+        together(it, TwoLanes(it, exchange_of(HostExchange, rows=0)))
+
+
 def test_a_wait_ends_without_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_exchange, "_MOST_POLLS", 50)
     with rig() as it, registered(it.control, it.step):
@@ -130,7 +188,7 @@ def test_a_wait_ends_without_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         it.channel.begin_sweep([it.rows([20])], SECOND_US, device_rings=True)
         counts = torch.tensor([1, 1, 0, 2], dtype=torch.int32, device=DEVICE)
         out = torch.full((ROWS, SHAPE.query_heads, SHAPE.head_dim), 9.0, device=DEVICE)
-        exchange.arrive(0, out, bases, counts)
+        exchange.arrive(exchange.deferred(0), out, bases, counts)
         assert int(exchange.status) == 1
         assert (out == 9).all()
 
@@ -146,16 +204,16 @@ def test_a_wait_ends_when_the_epoch_is_given_up() -> None:
         it.channel.revoke()
         out = torch.full((ROWS, SHAPE.query_heads, SHAPE.head_dim), 9.0, device=DEVICE)
         started = time.monotonic()
-        exchange.arrive(0, out, bases, counts)
+        exchange.arrive(exchange.deferred(0), out, bases, counts)
         assert int(exchange.status) == 1
         assert time.monotonic() - started < 5
 
 
 MUTANTS = {
-    "this-sweep-s-slot": ("- 1) & 1)", ") & 1)"),
+    "this-sweep-s-slot": ("- BACK) & 1)", ") & 1)"),
     "no-wait": ("(arriving > 0) & (failed == 0)", "arriving < 0"),
     "keys-for-values": ("element - Q_WIDTH\n", "(element - Q_WIDTH) % KV_WIDTH\n"),
-    "state-stays": ("tl.store(here, coming, mask=ok)", "tl.store(here, leaving, mask=ok)"),
+    "state-stays": ("tl.store(here, coming, mask=ok)", "tl.store(here, going, mask=ok)"),
 }
 
 
@@ -168,3 +226,23 @@ def test_mutants_are_found(name: str, tmp_path: Path) -> None:
         device = Device(it, exchange_of(made))
         with pytest.raises(AssertionError):
             fly(it, device)
+
+
+LANE_MUTANTS = {
+    "one-slot-for-both-lanes": ("Crossing(lane * self._layers + layer,", "Crossing(layer,"),
+    "the-other-lane": ("Crossing(lane * self._layers", "Crossing((1 - lane) * self._layers"),
+    "the-other-s-rows": ("leaving=lane, arriving=lane", "leaving=1 - lane, arriving=1 - lane"),
+    "a-sweep-later": ("arriving=lane, back=0", "arriving=lane, back=1"),
+    "no-wait": MUTANTS["no-wait"],
+}
+
+
+@pytest.mark.parametrize("name", LANE_MUTANTS)
+def test_mutants_of_lanes_are_found(name: str, tmp_path: Path) -> None:
+    made = mutated(host_exchange, *LANE_MUTANTS[name], tmp_path).HostExchange
+    with rig() as it, registered(it.control, it.step):
+        if name == "no-wait":
+            it.restart(start=False)  # nobody is there who could be quick enough
+        device = TwoLanes(it, exchange_of(made, deadline=0.5, rows=0))
+        with pytest.raises(AssertionError):
+            together(it, device)

@@ -25,6 +25,13 @@ HOW: dict[str, dict[str, Any]] = {
     "never-chunked": {"offload": "never", "max_batch_tokens": 11},
     "small-gpu-pool": {"offload": "auto", "gpu_kv_blocks": 3, "max_batch_tokens": 64},
     "forced-3": {"offload": "auto", "force_migration_every": 3, "max_batch_tokens": 24},
+    # As without shared memory: the engine's thread submits and waits.
+    "forced-2-asymmetric": {
+        "offload": "auto",
+        "offload_mode": "asymmetric",
+        "force_migration_every": 2,
+        "max_batch_tokens": 24,
+    },
 }
 DEFAULT = {
     ("llama", "never"),

@@ -228,7 +228,7 @@ def triton_core(
     geometry = geometry_of(model.spec, made.block_tokens)
     exchange = None if host_blocks else exchange_limits(made, model.spec, model.dtype)
     lanes = exchange.lanes if exchange else 0
-    pairs = ((2, 0), (8, 0), (2, 2), (8, 8))[: 2 * lanes]
+    pairs = ((1, 0), (3, 0), (1, 1), (3, 3))[: 2 * lanes]
     limits = CudaLimits(
         max_running=8,
         max_batch_tokens=made.max_batch_tokens,

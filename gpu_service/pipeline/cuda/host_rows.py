@@ -81,7 +81,7 @@ class HostRows(Protocol):
         ...
 
 
-class _Leaving:
+class _Departures:
     """What leaves: rotated, K and V apart, and copied to step memory."""
 
     def __init__(
@@ -134,7 +134,7 @@ class WaitedRows:
         lane: int,
     ) -> None:
         """layout: the cache's. rows: the most."""
-        self._leaving = _Leaving(exchange, layout, inputs, rope, dtype, rows)
+        self._departures = _Departures(exchange, layout, inputs, rope, dtype, rows)
         self._lane = lane
         self._rows: RowBuffers | None = None
         self._branch = Branch(inputs.host_bases.device, first=True)
@@ -143,15 +143,15 @@ class WaitedRows:
         self._rows = rows
 
     def leave(self, layer: int) -> None:
-        leaving, rows = self._leaving, self._rows
+        departures, rows = self._departures, self._rows
         assert rows is not None
-        exchange = leaving.exchange
+        exchange = departures.exchange
         crossing = exchange.waited(self._lane, layer)
         with self._branch.forked():
-            leaving(layer, crossing, rows, rows.positions)
-            exchange.ring(crossing, *leaving.at)
+            departures(layer, crossing, rows, rows.positions)
+            exchange.ring(crossing, *departures.at)
             # Behind the ring on the same branch: the wait can hold up nothing that it waits for.
-            exchange.arrive(crossing, rows.attended, *leaving.at)
+            exchange.arrive(crossing, rows.attended, *departures.at)
 
     def ready(self) -> None:
         self._branch.join()
@@ -175,7 +175,7 @@ class DeferredRows:
         dtype: torch.dtype,
     ) -> None:
         """layout: the cache's."""
-        self._leave = _Leaving(exchange, layout, inputs, rope, dtype, exchange.rows)
+        self._departures = _Departures(exchange, layout, inputs, rope, dtype, exchange.rows)
         self._positions = inputs.host_positions
         self._rows: RowBuffers | None = None
         self._left: torch.cuda.Event | None = None
@@ -189,13 +189,13 @@ class DeferredRows:
         self._arrive(0, rows)
 
     def leave(self, layer: int) -> None:
-        leave, rows = self._leave, self._rows
+        departures, rows = self._departures, self._rows
         assert rows is not None
-        crossing = leave.exchange.deferred(layer)
+        crossing = departures.exchange.deferred(layer)
         with self._leaving.forked():
-            leave(layer, crossing, rows, self._positions[layer], rows.residual)
+            departures(layer, crossing, rows, self._positions[layer], rows.residual)
             self._left = self._leaving.mark()
-            leave.exchange.ring(crossing, *leave.at)
+            departures.exchange.ring(crossing, *departures.at)
 
     def ready(self) -> None:
         self._leaving.reach(self._left)
@@ -203,13 +203,13 @@ class DeferredRows:
 
     def used(self, layer: int) -> None:
         assert self._rows is not None
-        if layer + 1 < self._leave.layers:
+        if layer + 1 < self._departures.layers:
             self._arrive(layer + 1, self._rows)
 
     def end(self) -> None:
         self._leaving.join()
 
     def _arrive(self, layer: int, rows: RowBuffers) -> None:
-        exchange = self._leave.exchange
+        exchange = self._departures.exchange
         with self._arriving.forked():
-            exchange.arrive(exchange.deferred(layer), rows.attended, *self._leave.at)
+            exchange.arrive(exchange.deferred(layer), rows.attended, *self._departures.at)

@@ -23,9 +23,7 @@ _PAD = 16
 # layer, padding matters less, and each size multiplies the number of graphs.
 _LANE_ROWS = (16, 64, 128, 256)
 _BESIDE_LANES = (1, 16, 64)
-_LANE_TOTALS = (64, 128, 256, 384, 512)
-MOST_CAPTURED = 512
-"""Rows of the largest captured sweep."""
+_LANE_TOTALS = (64, 128, 256, 384)
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,12 @@ class ShapeTable:
         """Padded numbers of decode rows beside host rows that are waited for, ascending."""
         return (*(n for n in self.decode[:-1] if n in _BESIDE_LANES), self.decode[-1])
 
+    @property
+    def _lane_totals(self) -> tuple[int, ...]:
+        """Padded numbers of the first sub-batch's rows beside them, with chunks, ascending; with
+        the second sub-batch they are the largest one at most."""
+        return (*(n for n in self.totals[:-1] if n in _LANE_TOTALS), self.totals[-1])
+
     def host_rows(self, max_running: int) -> int:
         """The most host rows of a sweep, padding included."""
         if not self.lanes:
@@ -76,12 +80,12 @@ class ShapeTable:
             yield from self._captured_with(*lanes)
 
     def _captured_with(self, first: int, second: int) -> Iterator[SweepShape]:
-        for total in reversed(_LANE_TOTALS):
+        for total in reversed(self._lane_totals):
             for rows in (0, *self.beside_lanes):
-                if rows + first < total <= MOST_CAPTURED - second:
+                if rows + first < total <= self.totals[-1] - second:
                     yield SweepShape(rows, total - first - rows, self.chunks, first, second)
         for rows in self.beside_lanes:
-            if rows + first + second <= MOST_CAPTURED:
+            if rows + first + second <= self.totals[-1]:
                 yield SweepShape(rows, 0, 0, first, second)
 
     def _captured(self, host: int) -> Iterator[SweepShape]:
@@ -126,8 +130,8 @@ class ShapeTable:
             return SweepShape(padded(self.beside_lanes, rows), 0, 0, first, second)
         decode = padded((0, *self.beside_lanes), rows)
         if len(batch.prefill) <= self.chunks:
-            for total in _LANE_TOTALS:
-                if prefill + decode + first <= total <= MOST_CAPTURED - second:
+            for total in self._lane_totals:
+                if prefill + decode + first <= total <= self.totals[-1] - second:
                     return SweepShape(decode, total - first - decode, self.chunks, first, second)
         return SweepShape(decode, prefill, self._padded_chunks(batch), first, second)
 
@@ -163,7 +167,7 @@ def shape_table(
     sizes = [size for size in _LANE_ROWS if size <= most] if lanes else []
     pairs = [(size, 0) for size in sizes]
     if lanes > 1:
-        pairs += [(size, size) for size in sizes if 2 * size < MOST_CAPTURED]
+        pairs += [(size, size) for size in sizes if 2 * size < _TOTAL_ROWS[-1]]
     return ShapeTable(
         (*decode, max_running), _TOTAL_ROWS, _CHUNKS, more_chunks, eager, host, tuple(pairs)
     )

@@ -54,6 +54,25 @@ def test_senseless_limits_are_refused(change: dict[str, object]) -> None:
         machine_with(**change)
 
 
+def test_nothing_is_decided_while_the_host_works_on_rows_that_may_be_void() -> None:
+    """Even if nobody wants them any more: the host may still write to their blocks, which would
+    belong to others."""
+    machine = Machine(Scheduler(limits(max_batch_tokens=64)), look_ahead=True)
+    machine.submit(submit("host", 8, 30, placement="cpu_preferred"))
+    machine.submit(submit("gpu", 8, 30, placement="gpu_only"))
+    while not last_batch(machine)[2] if machine.plans else True:
+        machine.step()
+    machine.scheduler.abort("host", None, machine.now)
+    assert machine._flight is not None
+    assert tiers(machine) == {"gpu": Tier.GPU}
+    assert not machine.scheduler.may_look_ahead
+    machine.step()
+    assert machine.scheduler.may_look_ahead
+    machine.run()
+    assert machine.looked_ahead > 1
+    machine.check_empty()
+
+
 # -- placement -----------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ class GpuServiceConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettin
     decided anew as the load changes. `inline`: the host tier's attention is waited for in each
     layer. `deferred`: it has until the next iteration, so that a token takes as many as there are
     layers; needs `offload_transport` `shm`. `asymmetric`: two sub-batches take turns with the
-    device, each waited for while the other computes; needs `device` `cpu`."""
+    device, each waited for while the other computes."""
     cpu_services: tuple[str, ...] = ()
     """gRPC addresses of the cpu_services, one per NUMA node; empty means no host tier."""
     offload_transport: str = "shm"
@@ -69,7 +69,7 @@ class GpuServiceConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettin
     streamed_kv_blocks: int = 0
     """Most host blocks that one iteration reads over the link, for requests on the host tier that
     attend on the device. Staging for them, twice as many blocks of one layer, is taken from the
-    GPU pool. 0: none do. On cuda needs `offload_mode` `auto` or `deferred`."""
+    GPU pool. 0: none do. On cuda needs `offload_transport` `shm`."""
     profile_dir: str = ""
     """Folder for profiles of this machine, which `offload_mode` `auto` measures at its first start
     with a model (seconds); empty means the user's cache folder, `none` measures at each start."""

@@ -6,6 +6,7 @@ what `transformers` itself is off by in bf16.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 
 from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.messages import Submit
+from gpu_service.offload.host_tier import HostTierState
 from gpu_service.pipeline.cuda.inputs import SweepShape
-from tests.support.engine import config, greedy, real_core, run
+from tests.support.engine import Answers, check_empty, config, greedy, real_core, run, step
 from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
 from tests.support.numerics import check_teacher_forced
 from tests.support.offload import TRANSPORTS, cpu_service
@@ -42,6 +44,25 @@ HOW = {
         "force_migration_every": 7,
         "max_batch_tokens": 7,
     },
+    "asymmetric-1": {"offload": "auto", "offload_mode": "asymmetric", "force_migration_every": 1},
+    "asymmetric-2-chunked": {
+        "offload": "auto",
+        "offload_mode": "asymmetric",
+        "force_migration_every": 2,
+        "max_batch_tokens": 7,
+    },
+    "asymmetric-small-gpu-pool": {
+        "offload": "auto",
+        "offload_mode": "asymmetric",
+        "gpu_kv_blocks": 8,
+    },
+    "asymmetric-staged-prompts": {
+        "offload": "auto",
+        "offload_mode": "asymmetric",
+        "streamed_kv_blocks": 6,
+        "gpu_kv_blocks": 5,
+        "max_batch_tokens": 17,
+    },
     "streamed-3": {
         "offload": "auto",
         "offload_mode": "deferred",
@@ -58,11 +79,13 @@ HOW = {
         "max_batch_tokens": 17,
     },
 }
+GRPC = {
+    how
+    for how, changes in HOW.items()
+    if changes.get("offload_mode") != "deferred" and "streamed_kv_blocks" not in changes
+}
 WAYS = [
-    (transport, how)
-    for transport in TRANSPORTS
-    for how in HOW
-    if transport == "shm" or "offload_mode" not in HOW[how]
+    (transport, how) for transport in TRANSPORTS for how in HOW if transport == "shm" or how in GRPC
 ]
 
 
@@ -87,17 +110,14 @@ def requests(**sampling: Any) -> list[Submit]:
 
 
 def on_cuda(directory: Path, service: Service, dtype: str, **changes: Any) -> GpuServiceConfig:
-    return config(
-        directory,
-        device="cuda",
-        dtype=dtype,
-        cpu_services=(service.address,),
-        host_kv_gib=0.01,
-        sweep_deadline_ms=30_000,
+    values = {
+        "host_kv_gib": 0.01,
+        "sweep_deadline_ms": 30_000,
         # Few graphs to capture: each test starts an engine.
-        max_running_requests=8,
+        "max_running_requests": 8,
         **changes,
-    )
+    }
+    return config(directory, device="cuda", dtype=dtype, cpu_services=(service.address,), **values)
 
 
 @pytest.mark.parametrize(("transport", "how"), WAYS)
@@ -159,3 +179,70 @@ def test_graphs_give_the_tokens_of_single_launches(
         found.append((answers.tokens, answers.logprobs))
     assert any(replayed), "no sweep came from a graph"
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("mode", ["asymmetric", "inline"])
+def test_sweeps_with_host_rows_come_from_graphs(
+    directories: dict[str, Path], service: Service, mode: str
+) -> None:
+    made = on_cuda(
+        directories["llama"],
+        service,
+        "float32",
+        offload="auto",
+        offload_mode=mode,
+        force_migration_every=2,
+    )
+    replayed: list[SweepShape] = []
+    with real_core(made) as core:
+        sweeps = core._runner._sweeps  # type: ignore[attr-defined]
+        replay = sweeps.graphs.replay
+
+        def replaying(shape: SweepShape) -> bool:
+            found = bool(replay(shape))
+            replayed.extend([shape] * found)
+            return found
+
+        sweeps.graphs.replay = replaying
+        run(core, requests())
+    with_host = [shape for shape in replayed if shape.host or shape.second]
+    assert with_host
+    assert any(shape.second for shape in with_host) == (mode == "asymmetric")
+
+
+@pytest.mark.parametrize("mode", ["asymmetric", "inline", "deferred"])
+def test_a_host_that_does_not_answer_in_time(
+    directories: dict[str, Path], tmp_path: Path, mode: str
+) -> None:
+    """The device's waits end by its own clock; what the host should have given is repeated."""
+    hosts = [greedy(f"h{n}", [3] * n, 12, placement="cpu_preferred") for n in (1, 17, 20)]
+    asked = [greedy("gpu", [7] * 12, 40), *hosts]
+    with cpu_service(tmp_path) as service:
+        made = on_cuda(
+            directories["llama"],
+            service,
+            "float32",
+            offload="auto",
+            offload_mode=mode,
+            sweep_deadline_ms=300,
+        )
+        with real_core(made) as core:
+            answers = Answers()
+            for request in asked:
+                core.handle(request)
+            while not sum(len(answers.tokens.get((r.request_id, 0), ())) > 1 for r in hosts):
+                step(core, answers)
+            service.signal(signal.SIGSTOP)
+            while core.host.state is HostTierState.UP:
+                step(core, answers)
+            for _ in range(3):
+                step(core, answers)
+            service.signal(signal.SIGCONT)
+            while core.scheduler.live_requests or core.scheduler.state.flights:
+                step(core, answers)
+            check_empty(core)
+    reference = reference_model(directories["llama"])
+    for request in asked:
+        tokens = answers.tokens[request.request_id, 0]
+        assert tokens == greedy_tokens(reference, request.prompt_token_ids, len(tokens))
+        assert len(tokens) == request.sampling.max_tokens

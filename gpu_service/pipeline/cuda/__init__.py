@@ -2,6 +2,7 @@
 
     inputs.py    what a sweep needs to know, packed by the host and sent in one copy
     forward.py   the launches of one sweep, over those inputs and fixed activations
+    host_rows.py those of its host rows, on branches; host_side.py tells the host who comes
     graphs.py    sweeps of up to 512 rows, captured for padded sizes
     runner.py    plans -> sweeps -> results; the next sweep is queued while one runs
     kv.py        the GPU tier's KV pool

@@ -8,7 +8,8 @@ decode. Per prompt token, with d decode rows, r rows in all and b choices in pre
     / (r - d)
 
 Host rows that are missing since their prompts are still to be computed count in b, too. Rows are
-padded ones: host rows in deferred mode take all their places beside a chunk.
+padded ones: host rows in deferred mode take all their places beside a chunk. Those that are waited
+for are rows of the iteration as decode rows are; in two sub-batches, half of them beside the chunk.
 
 The smallest is taken. Where blocks are short, b is 1 or 2 and small chunks win, since they hide
 under the pass over the weights; while many wait and have room, large ones do.
@@ -20,6 +21,7 @@ from gpu_service.kv.table import blocks_for
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import Tier
 from gpu_service.scheduling.state import SchedulerState
+from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED
 
 
 def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
@@ -40,7 +42,8 @@ def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
     starting, tokens = _startable(state)
     prefilling, prefill_tokens = prefilling + starting, prefill_tokens + tokens
     beside = state.limits.cohort_rows if state.running_on(Tier.HOST) else 0
-    padded = costs.padded_decode(decode) + beside
+    waited = _waited_rows(state)
+    padded = costs.padded_decode(decode) + beside + _in_first(state, waited)
     sizes = [size for size in costs.mixed_sizes if padded < size <= limit]
     if not sizes or not prefill_tokens:
         return limit
@@ -51,7 +54,24 @@ def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
         used = min(size - padded, prefill_tokens)
         return (costs.mixed_ms(padded + used, context) - idle) / used
 
-    return decode + min(sizes, key=cost) - padded
+    return min(limit, decode + waited + min(sizes, key=cost) - padded)
+
+
+def _waited_rows(state: SchedulerState) -> int:
+    """Host rows of the next iteration that are not deferred."""
+    decision = state.decision
+    defers = state.limits.cohorts > 0 if decision is None else decision.way == DEFERRED
+    if defers or not state.host_up:
+        return 0
+    rows = sum(c.is_decoding and not c.is_ending for c in state.running_on(Tier.HOST))
+    return rows if decision is None else min(rows, round(decision.host_rows))
+
+
+def _in_first(state: SchedulerState, waited: int) -> int:
+    """Those of them in the first sub-batch, about."""
+    decision = state.decision
+    splits = state.limits.asymmetric if decision is None else decision.way == ASYMMETRIC
+    return waited // 2 if splits else waited
 
 
 def _missing_host_rows(state: SchedulerState) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from gpu_service.offload.host_tier import HostWork
@@ -131,6 +132,8 @@ class Steering:
             return
         work, predicted = foretold
         assert self.predictor is not None
+        if not math.isfinite(predicted.total):
+            return  # a setting says how host rows run, and nobody has measured the host
         self.accounts.add(work, predicted, 1e3 * measured)
         self.predictor.observe(work, predicted, 1e3 * measured)
         if result.device_seconds:

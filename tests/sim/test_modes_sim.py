@@ -63,6 +63,22 @@ def took(plan: IterationPlan, result: SweepResult) -> SweepResult:
     return dataclasses.replace(result, device_seconds=6e-3)
 
 
+@pytest.mark.parametrize("way", ["deferred", "inline", "asymmetric"])
+def test_what_nobody_has_measured_spoils_no_account(way: str) -> None:
+    """A setting says how host rows run: the device's costs are known, the host's are not."""
+    bounds = limits(**{"gpu_blocks": 20, "host_blocks": 80, **WAYS[way]})
+    machine = Machine(Scheduler(bounds, costs()))
+    for request in workload(1):
+        machine.submit(request)
+    while machine.scheduler.live_requests:
+        machine.step(took)
+    accounts = machine.scheduler.steering.accounts
+    assert accounts.iterations[way] > 0
+    assert accounts.actual_ms > 0
+    assert math.isfinite(accounts.error)
+    assert math.isfinite(accounts.predicted.total)
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("offload", ["auto", "always"])

@@ -73,6 +73,24 @@ def test_a_short_remainder_does_not_pay_for_padding() -> None:
     assert token_budget(made.state, made.costs) == 128
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_host_rows_that_are_waited_for_leave_the_chunk_its_room(asymmetric: bool) -> None:
+    """More of them than the cheapest size has rows: prompts go on beside them all the same."""
+    made = scheduler(gpu_blocks=60, host_blocks=20_000, asymmetric=asymmetric, offload="auto")
+    machine = Machine(made)
+    for i in range(150):
+        machine.submit(submit(f"h{i}", 2, 300, placement="cpu_preferred"))
+    for _ in range(5):
+        machine.step()
+    machine.submit(submit("new", 120, 4, placement="gpu_only"))
+    before = len(machine.plans)
+    for _ in range(4):
+        machine.step()
+    assert "new" in machine.first_token
+    for plan in machine.plans[before:]:
+        assert sum(len(batch.host_decode) for batch in plan.batches) >= 149
+
+
 def test_decode_rows_are_padded_beside_chunks() -> None:
     known = SweepCosts(DECODE, MIXED, 5e-5, beside_chunks=(0, 8, 24))
     assert [known.padded_decode(rows) for rows in (0, 1, 8, 9, 24, 25)] == [0, 8, 8, 24, 24, 25]

@@ -136,7 +136,6 @@ def test_tokens_are_those_of_transformers(
     assert any(plan.batches[0].gpu_decode for plan in host)
     assert (Mode.ASYMMETRIC in log.modes) == (mode == "asymmetric")
     assert Mode.INLINE in log.modes
-    assert log.void == 0
 
 
 @pytest.mark.slow
@@ -290,8 +289,8 @@ def test_mutants_are_found(
         for n in (20, 5)
     ]
     with waiting(directories["llama"], service, force_migration_every=0) as core:
-        log, answers = Log(core), run(core, asked, steps=40)
+        log = Log(core)
+        answers = run(core, asked, steps=400)
     assert Mode.ASYMMETRIC in log.modes
-    assert log.void == 0
     with pytest.raises(AssertionError):
         check_tokens(directories["llama"], asked, answers)

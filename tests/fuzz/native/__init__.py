@@ -44,7 +44,7 @@ def build(name: str, folder: Path) -> Path:
         kind = source.stem.rpartition("_")[2]
         if kind in ("bind", "bindings", "neon"):
             continue
-        made = folder / f"{source.stem}.o"
+        made = folder / f"{source.parent.name}-{source.stem}.o"
         objects.append(str(made))
         if made.exists() and made.stat().st_mtime > max(newest, source.stat().st_mtime):
             continue

@@ -25,6 +25,8 @@ MAX_LOGIT_BIAS = 1024
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20
 MAX_SALT_CHARACTERS = 128
+REPETITION_PENALTY = (0.001, 1000)
+"""Logits divided by less may be infinite, and the request ends with what looks like our fault."""
 # Tokenising this much takes about a millisecond; more goes to a thread, off the event loop.
 INLINE_CHARACTERS = 2000
 # Normalisers may shorten a text before it is cut into tokens; composing Hangul, to a third.
@@ -249,7 +251,7 @@ def _check_ranges(spec: SamplingSpec, max_tokens: int) -> None:
     _between("sampling.temperature", spec.temperature, 0, math.inf)
     _between("sampling.top_p", spec.top_p, 0, 1, above=True)
     _between("sampling.min_p", spec.min_p, 0, 1)
-    _between("sampling.repetition_penalty", spec.repetition_penalty, 0, math.inf, above=True)
+    _between("sampling.repetition_penalty", spec.repetition_penalty, *REPETITION_PENALTY)
     _between("sampling.presence_penalty", spec.presence_penalty, -2, 2)
     _between("sampling.frequency_penalty", spec.frequency_penalty, -2, 2)
     if max_tokens < 1:

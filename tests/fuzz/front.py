@@ -105,7 +105,7 @@ def _check(submit: Submit) -> None:
         and 0 <= spec.temperature < float("inf")
         and 0 < spec.top_p <= 1
         and 0 <= spec.min_p <= 1
-        and 0 < spec.repetition_penalty < float("inf")
+        and 0.0009 < spec.repetition_penalty <= 1000
         and abs(spec.presence_penalty) <= 2
         and abs(spec.frequency_penalty) <= 2
         and all(abs(bias) <= 100 for bias in spec.logit_bias.values())

@@ -113,7 +113,7 @@ BAD_SAMPLING = [
     *[("temperature", v) for v in (-0.1, NAN, INF)],
     *[("top_p", v) for v in (0, -1, 1.01, NAN)],
     *[("min_p", v) for v in (-0.1, 1.1, NAN)],
-    *[("repetition_penalty", v) for v in (0, -1, INF, NAN)],
+    *[("repetition_penalty", v) for v in (0, -1, 1e-30, 1e-4, 1001, 1e38, INF, NAN)],
     *[("presence_penalty", v) for v in (-2.1, 2.1, NAN)],
     *[("frequency_penalty", v) for v in (-2.1, 2.1, NAN)],
     *[("logit_bias", v) for v in ({100: 1.0}, {1: 101.0}, {1: NAN})],

@@ -88,7 +88,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """An instance from plain values, each checked against its field's type."""
     known = _fields(cls)
     for name in values:
-        _require_known(name, known, "")
+        _require_known(str(name), known, "")  # YAML's names may be numbers
     typed = {name: _typed(name, known[name], value) for name, value in values.items()}
     config = cls(**typed)
     validate = getattr(config, "validate", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from dataclasses import dataclass
@@ -41,9 +42,9 @@ def _about(draw: random.Random, length: int) -> int:
 
 def _from_file(name: str, requests: int) -> list[Lengths]:
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):  # which, unlike Path's, says no to a name that is too long
         path = Path(__file__).parent / f"{name}.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"workload {name!r} is neither INxOUT nor a file of lengths")
     try:
         found = [Lengths(*map(int, row)) for row in from_json(path.read_text(encoding="utf-8"))]

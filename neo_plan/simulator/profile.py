@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import os
 from pathlib import Path
 
 import msgspec
@@ -114,9 +115,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_profile(name: str) -> Profile:
     """A path, or a file's name in `neo_plan/profiles`. ValueError says what is wrong with it."""
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):  # which, unlike Path's, says no to a name that is too long
         path = PROFILES / name
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"profile {name!r} is neither a file nor one in {PROFILES.name}")
     try:
         return msgspec.json.decode(path.read_bytes(), type=Profile)

@@ -27,6 +27,7 @@ from neo_common.errors import ErrorDetails, Reason, ServiceError, reason_of
 from neo_common.grpc.keys import load_keys, new_key
 from neo_common.grpc.tokens import parse_keys
 from neo_plan.demand import demand_of
+from neo_plan.simulator.profile import read_profile
 from protos.compat import kserve_pb2 as kserve
 from protos.neo.v1 import cpu_attention_pb2 as cpu
 from protos.neo.v1 import engine_pb2 as engine
@@ -269,6 +270,19 @@ def test_lengths_that_are_none(tmp_path: Path, text: str) -> None:
 def test_a_workload_of_ever_so_many_digits(name: str) -> None:
     with pytest.raises(ValueError, match="at most 9 digits"):
         read_workload(name, 3)
+
+
+@pytest.mark.parametrize("read", [lambda n: read_workload(n, 1), read_trace, read_profile])
+def test_a_name_that_no_file_can_have(read: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match="is neither"):
+        read("x" * 5000)
+
+
+def test_settings_whose_names_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.yaml"
+    path.write_text("default: {999: 1}")
+    with pytest.raises(ValueError, match="unknown setting 999"):
+        load_policy(str(path))
 
 
 def test_a_folder_is_no_workload(tmp_path: Path) -> None:

@@ -54,13 +54,14 @@ _log = logging.getLogger(__name__)
 class GpuService:
     """One front end with its server and its engine core."""
 
-    def __init__(self, config: GpuServiceConfig) -> None:
+    def __init__(self, config: GpuServiceConfig, client: EngineClient | None = None) -> None:
+        """client: of an engine core that is not started yet; None makes one of `config`."""
         self._config = config
         self._machine = load(config.machine_report)
         self._spec = read_spec(config.model)
         self._tokenizer = load_tokenizer(config.model)
         self._name = config.served_model_name or _model_name(config.model)
-        self._engine = EngineClient(config)
+        self._engine = client or EngineClient(config)
         self._metrics = FrontendMetrics(self._name, self._spec.max_context_tokens)
         self._metrics.registry.register(MachineCollector(self._machine))
         self._dispatcher = Dispatcher(self._engine, self._tokenizer, self._metrics)

@@ -43,8 +43,10 @@ class EngineStartError(RuntimeError):
 class EngineClient:
     """One engine core. Used from one event loop; not restartable: make a new client."""
 
-    def __init__(self, config: GpuServiceConfig) -> None:
+    def __init__(self, config: GpuServiceConfig, module: str = "gpu_service.engine") -> None:
+        """module: what the core's process runs; benchmarks have one of their own."""
         self._config = config
+        self._module = module
         self._context = zmq.asyncio.Context()
         self._commands = self._context.socket(zmq.PUSH)
         self._commands.set_hwm(channel.COMMAND_QUEUE)
@@ -74,7 +76,7 @@ class EngineClient:
             self._events.bind(channel.events_address(self._directory))
             config = msgspec.json.encode(self._config)
             (self._directory / channel.CONFIG_FILE).write_bytes(config)
-            command = [sys.executable, "-m", "gpu_service.engine"]
+            command = [sys.executable, "-m", self._module]
             command += ["--directory", str(self._directory), "--parent", str(os.getpid())]
             # A session of its own: the terminal's Ctrl-C is for the front end, which drains first.
             self._process = await asyncio.create_subprocess_exec(

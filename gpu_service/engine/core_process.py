@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -152,7 +152,10 @@ def die_with_parent(parent: int) -> None:
         raise SystemExit(0)  # it has ended already
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, prepare: Callable[[EngineCore], None] = lambda core: None
+) -> int:
+    """Returns the exit code. prepare: called once, with the core that is to run."""
     parser = argparse.ArgumentParser(
         prog="python -m gpu_service.engine",
         description="The engine core of a gpu_service; its front end starts it.",
@@ -166,12 +169,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup("engine", config.log_level, config.log_format)
     commands = CoreChannel(arguments.directory)
     try:
-        return _run(config, commands)
+        return _run(config, commands, prepare)
     finally:
         commands.close()
 
 
-def _run(config: GpuServiceConfig, commands: CoreChannel) -> int:
+def _run(
+    config: GpuServiceConfig, commands: CoreChannel, prepare: Callable[[EngineCore], None]
+) -> int:
     try:
         built = build_core(config, ProgressEvents(commands))
     except (ValueError, OSError, MemoryError, HostTierUnavailable) as error:
@@ -183,6 +188,7 @@ def _run(config: GpuServiceConfig, commands: CoreChannel) -> int:
             raise
         commands.send(Failed(_NO_MEMORY))
         return 2
+    prepare(built.core)
     commands.send(built.ready)
     try:
         serve(built.core, commands)

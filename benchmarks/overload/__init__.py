@@ -1,0 +1,1 @@
+"""More than a server can do: `python -m benchmarks.overload`."""

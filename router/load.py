@@ -6,8 +6,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -18,6 +19,7 @@ from router.backend import Backend
 from router.relay import EOF
 
 log = logging.getLogger("router.load")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,25 @@ async def _snapshots(backend: Backend, timing: WatchTiming) -> AsyncGenerator[en
     call = stub.WatchLoad(engine.WatchLoadRequest(interval_ms=timing.interval_ms))
     try:
         while True:
-            async with asyncio.timeout(timing.silence_seconds):
-                response = await call.read()
+            response = await heard(call.read(), timing.silence_seconds)
             if response is EOF:
                 return
             yield response.load
     finally:
         call.cancel()
+
+
+async def heard(read: Coroutine[Any, Any, T], seconds: float) -> T:
+    """What `read` returns; TimeoutError when it takes longer.
+
+    Where it was our own loop that was held up, by thousands of calls that end at once, what came
+    meanwhile is there, but not taken in yet: all backends would be lost at that moment.
+    """
+    reading = asyncio.ensure_future(read)
+    try:
+        for patience in (seconds, seconds / 5):
+            if (await asyncio.wait({reading}, timeout=patience))[0]:
+                return reading.result()
+        raise TimeoutError
+    finally:
+        reading.cancel()

@@ -1,0 +1,30 @@
+"""`python -m benchmarks.overload` in short: goodput holds, refusals say what they must, it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_overload_is_refused_and_what_is_taken_is_served(tmp_path: Path) -> None:
+    """Times are generous: the machine may do other things. Goodput is the sleeping engine's."""
+    out = tmp_path / "overload.json"
+    command = [sys.executable, "-m", "benchmarks.overload", "--json", str(out)]
+    options = "--seconds 15 --loads 3 --mixes usual cancels --refusal-ms 5000 --recovery 60"
+    done = subprocess.run(
+        [*command, *options.split()],
+        cwd=REPO, capture_output=True, text=True, timeout=540, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    usual, _ = json.loads(out.read_text())["phases"]
+    refused = usual["ends"]["RESOURCE_EXHAUSTED/QUEUE_FULL"]
+    assert refused > usual["ends"]["OK"], said

@@ -11,7 +11,7 @@ one of these does not hold:
 
 - goodput is at least 90% of the best that any load of the same mix had
 - every refusal is RESOURCE_EXHAUSTED with a reason and a delay; 99% come within `--refusal-ms`
-- nothing waits longer in the queue than a full queue takes at that goodput, and half as long again
+- nothing waits longer in the queue than a full one takes at that goodput, half as long again, and 1 s
 - a request that comes within `--recovery` seconds of a load's end is served as fast as before
 - in the end no block is in use
 """
@@ -64,7 +64,7 @@ class Judged:
         """Returns its goodput."""
         args = self.args
         rate = goodput(seen, args.seconds, args.seconds / 6)
-        bound = 1.5 * (WAITING + RUNNING) / max(rate, 1e-3)
+        bound = 1.0 + 1.5 * (WAITING + RUNNING) / max(rate, 1e-3)
         row = {
             "phase": name, "offered_per_second": round(seen.offered / args.seconds, 1),
             "goodput_per_second": round(rate, 2), "ends": dict(seen.ends),

@@ -5,7 +5,7 @@
 A router and a gpu_service, real but for an engine that sleeps `--sweep-ms` after each iteration
 (`benchmarks/overload/core.py`): so the engine is what is overloaded, not the CPUs that it shares
 with the sender. A closed loop finds the capacity; open loops then offer `--loads` times that. The
-mixes `long` (prompts as long as the context), `one` (a token in, a token out) and `cancels` (1,000
+mixes `long` (prompts as long as the context), `one` (a token in, a token out) and `cancels` (`--cancels`
 requests a second that are given up at once, beside half of the capacity) follow. Exit code 1 when
 one of these does not hold:
 
@@ -48,7 +48,6 @@ SHAPES = {
     "long": Shape(CONTEXT_TOKENS - 24, 8),
     "one": Shape(1, 1),
 }
-CANCELS = 1000.0
 GOODPUT = 0.9
 
 
@@ -122,7 +121,7 @@ class Overload:
         alone = await self._alone(shape)
         capacity = await self._sender.closed(shape, RUNNING + 4, seconds / 2)
         quiet = await self._sender.open(shape, capacity / 2, seconds)
-        storm = asyncio.create_task(self._sender.cancels(shape, CANCELS, seconds))
+        storm = asyncio.create_task(self._sender.cancels(shape, self._args.cancels, seconds))
         seen = await self._sender.open(shape, capacity / 2, seconds)
         count, ends = await storm
         recovery = await self._recovered(shape, alone, seen.over)
@@ -187,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each load")
     parser.add_argument("--loads", type=float, nargs="+", default=[2.0, 5.0, 10.0])
     parser.add_argument("--mixes", nargs="+", default=[*SHAPES, "cancels"])
+    parser.add_argument("--cancels", type=float, default=1000.0, help="a second, in that mix")
     parser.add_argument("--sweep-ms", type=float, default=100.0, help="added to each iteration")
     parser.add_argument("--refusal-ms", type=float, default=1000.0)
     parser.add_argument("--recovery", type=float, default=10.0, help="seconds")

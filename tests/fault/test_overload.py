@@ -18,7 +18,8 @@ def test_overload_is_refused_and_what_is_taken_is_served(tmp_path: Path) -> None
     """Times are generous: the machine may do other things. Goodput is the sleeping engine's."""
     out = tmp_path / "overload.json"
     command = [sys.executable, "-m", "benchmarks.overload", "--json", str(out)]
-    options = "--seconds 15 --loads 3 --mixes usual cancels --refusal-ms 5000 --recovery 60"
+    options = "--seconds 15 --loads 3 --mixes usual cancels --cancels 100"
+    options += " --refusal-ms 10000 --recovery 60"
     done = subprocess.run(
         [*command, *options.split()],
         cwd=REPO, capture_output=True, text=True, timeout=540, check=False,

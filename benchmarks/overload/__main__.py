@@ -5,13 +5,14 @@
 A router and a gpu_service, real but for an engine that sleeps `--sweep-ms` after each iteration
 (`benchmarks/overload/core.py`): so the engine is what is overloaded, not the CPUs that it shares
 with the sender. A closed loop finds the capacity; open loops then offer `--loads` times that. The
-mixes `long` (prompts as long as the context), `one` (a token in, a token out) and `cancels` (`--cancels`
-requests a second that are given up at once, beside half of the capacity) follow. Exit code 1 when
-one of these does not hold:
+mixes `long` (prompts as long as the context), `one` (a token in, a token out) and `cancels` (so
+many requests a second that are given up at once, beside half of the capacity) follow. Exit code 1
+when one of these does not hold:
 
 - goodput is at least 90% of the best that any load of the same mix had
 - every refusal is RESOURCE_EXHAUSTED with a reason and a delay; 99% come within `--refusal-ms`
-- nothing waits longer in the queue than a full one takes at that goodput, half as long again, and 1 s
+- nothing waits longer in the queue than 1 s and half as long again as a full one takes at that
+  goodput
 - a request that comes within `--recovery` seconds of a load's end is served as fast as before
 - in the end no block is in use
 """

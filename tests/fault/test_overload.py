@@ -18,7 +18,7 @@ def test_overload_is_refused_and_what_is_taken_is_served(tmp_path: Path) -> None
     """Times are generous: the machine may do other things. Goodput is the sleeping engine's."""
     out = tmp_path / "overload.json"
     command = [sys.executable, "-m", "benchmarks.overload", "--json", str(out)]
-    options = "--seconds 15 --loads 3 --mixes usual cancels --cancels 100"
+    options = "--seconds 15 --loads 8 --mixes usual cancels --cancels 100"
     options += " --refusal-ms 10000 --recovery 60"
     done = subprocess.run(
         [*command, *options.split()],
@@ -27,5 +27,4 @@ def test_overload_is_refused_and_what_is_taken_is_served(tmp_path: Path) -> None
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     usual, _ = json.loads(out.read_text())["phases"]
-    refused = usual["ends"]["RESOURCE_EXHAUSTED/QUEUE_FULL"]
-    assert refused > usual["ends"]["OK"], said
+    assert usual["ends"].get("RESOURCE_EXHAUSTED/QUEUE_FULL", 0) > usual["ends"]["OK"], said

@@ -117,7 +117,9 @@ class Link:
             return None
         if isinstance(message, LinkBroken):
             self._control.put(message)
-            raise message
+            # Not itself: with its traceback it would keep the callers' frames for as long as it is
+            # here, and the memory of an epoch that is over with them.
+            raise LinkBroken(str(message), message.code)
         return message
 
     def expect(self, kind: str, timeout: float) -> pb.AttendResponse:

@@ -53,7 +53,8 @@ class When(StrEnum):
 
 
 HOST, GPU = types_pb2.PLACEMENT_CPU_PREFERRED, types_pb2.PLACEMENT_GPU_ONLY
-OUTPUT = 240
+OUTPUT = 600
+"""Long enough that requests are under way when they are looked at, however slowly that goes."""
 SHORT_OUTPUT = 24
 CHUNK_TOKENS = 16
 """Of the engine's iterations: long prompts then take long enough to be met half-way."""
@@ -222,25 +223,34 @@ async def bring_to(system: System, when: When, who: Who) -> dict[str, Stream]:
         return {}
     beside = system.stream("host", system.neighbour)
     await beside.until(1)
-    if when is When.PREFILL:
-        streams = await _prefilling(system)
-    else:
-        before = await until_load(system.engine, lambda load: True)
-        streams = {name: system.stream(name) for name in ("host", "host 2", "gpu")}
-        for stream in streams.values():
-            await stream.until(12)
-        if when is When.MIGRATION:
-            moved = before.demotions_total + before.promotions_total
-            await until_load(
-                system.engine,
-                lambda load: load.demotions_total + load.promotions_total > moved + 4,
-            )
-        if when is When.DRAIN:
-            await _drain(system, who)
+    under_way = _prefilling if when is When.PREFILL else _decoding
+    streams = await under_way(system, when is When.MIGRATION)
+    if when is When.DRAIN:
+        await _drain(system, who)
     return {**streams, "beside": beside}
 
 
-async def _prefilling(system: System) -> dict[str, Stream]:
+async def _decoding(system: System, migrating: bool) -> dict[str, Stream]:
+    """Tokens have come, and most have not; tried again where this process was too slow."""
+    for _ in range(10):
+        before = await until_load(system.engine, lambda load: True)
+        moved = before.demotions_total + before.promotions_total + 4
+        streams = {name: system.stream(name) for name in ("host", "host 2", "gpu")}
+        for stream in streams.values():
+            await stream.until(2)
+        if migrating:
+            await until_load(
+                system.engine,
+                lambda load, most=moved: load.demotions_total + load.promotions_total > most,
+            )
+        if all(stream.tokens < OUTPUT // 2 for stream in streams.values()):
+            return streams
+        for stream in streams.values():
+            await stream.task
+    raise AssertionError("the outputs are too short")
+
+
+async def _prefilling(system: System, _: bool) -> dict[str, Stream]:
     """A prompt that is being computed now, and one behind it; tried again where this process was
     too slow to see it."""
     for _ in range(10):

@@ -42,6 +42,8 @@ HOLD_SECONDS = 0.2
 CALL_SECONDS = 5.0
 """A call's own deadline."""
 
+pytestmark = pytest.mark.timeout(600)  # more than any wait within
+
 
 class Lab:
     """At most one running system: that of the cell before, as long as the configuration suits."""

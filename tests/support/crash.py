@@ -30,7 +30,7 @@ from tests.support.load import Answer, Job, Stream, assert_idle_and_whole, run_j
 from tests.support.processes import descendants, parents, suspend, wait_gone
 from tests.support.stack import Service, Stack, free_port, running_stack
 
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 240.0
 """For whatever takes as long as the machine takes."""
 
 SETTLE_SECONDS = 20.0

@@ -108,7 +108,7 @@ class Cell:
         """Of the engines."""
         patience: dict[str, object] = {"lease_seconds": 120.0}
         if self.short_lease:
-            patience = {"lease_seconds": 2.0, "sweep_deadline_ms": 500.0}
+            patience = {"lease_seconds": 5.0, "sweep_deadline_ms": 500.0}
         every = 1 if self.when is When.MIGRATION else 0
         return {"offload_mode": self.mode, "force_migration_every": every, **patience}
 

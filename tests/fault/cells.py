@@ -110,7 +110,10 @@ class Cell:
         if self.short_lease:
             patience = {"lease_seconds": 5.0, "sweep_deadline_ms": 500.0}
         every = 1 if self.when is When.MIGRATION else 0
-        return {"offload_mode": self.mode, "force_migration_every": every, **patience}
+        # Nothing is predicted to gain by the host tier here: auto has to be told.
+        offload = "always" if self.mode == "auto" else "auto"
+        mode = {"offload_mode": self.mode, "offload": offload}
+        return {**mode, "force_migration_every": every, **patience}
 
 
 def row(who: Who, how: tuple[How, ...], when: tuple[When, ...], **expected: Any) -> Row:

@@ -217,7 +217,12 @@ async def refused(lab: Lab, system: System, cell: Cell) -> None:
         await system.until_backend(router_pb2.BACKEND_STATE_DOWN)
     if cell.who in (Who.CORE, Who.ROUTER) and cell.row.exit is None:
         return  # it waits like the others
-    await runs(lab, system.stream("gpu short"), (cell.row.refused,))
+    if cell.who is not Who.CPU or cell.mode == "auto":  # which keeps to the host whom it is told to
+        await runs(lab, system.stream("gpu short"), (cell.row.refused,))
+        return
+    answer = await runs(lab, system.stream("host short"), (OK,))
+    assert answer.usage is not None
+    assert answer.usage.host_tokens == 0
 
 
 async def runs(lab: Lab, stream: Stream, ends: tuple[End, ...]) -> Answer:
@@ -267,5 +272,5 @@ async def serves(lab: Lab, system: System, cell: Cell) -> None:
     for name in ("host short", "gpu short"):
         answer = await runs(lab, system.stream(name), (OK,))
         assert answer.usage is not None
-        if name == "host short" and cell.mode != "auto":
+        if name == "host short":
             assert answer.usage.host_tokens > 0

@@ -306,12 +306,16 @@ def strike(system: System, who: Who, number: signal.Signals) -> None:
 
 @contextmanager
 def running_system(directory: Path, model: Path, **gpu_config: object) -> Iterator[System]:
-    ports = {name: {"metrics_port": free_port()} for name in ("cpu_service", "gpu_service")}
+    more = {
+        "cpu_service": {"metrics_port": free_port(), "drain_grace_seconds": 2.0},
+        "gpu_service": {"metrics_port": free_port(), "drain_grace_seconds": WAIT_SECONDS},
+        "router": {"drain_grace_seconds": WAIT_SECONDS},
+    }
     config = {
         "max_batch_tokens": CHUNK_TOKENS, "max_context_tokens": 4096, "log_level": "info",
         "profile_dir": str(directory / "profiles"), **gpu_config,
     }  # fmt: skip
-    with running_stack(directory, model, more=ports, **config) as stack:
+    with running_stack(directory, model, more=more, **config) as stack:
         beside = {"listen": f"127.0.0.1:{free_port()}", "metrics_port": free_port()}
         (directory / "neighbour").mkdir()
         neighbour = Service(

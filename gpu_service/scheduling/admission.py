@@ -97,9 +97,10 @@ def admit(state: SchedulerState, batch: BatchBuilder) -> Admitted:
 
 def _returning(state: SchedulerState) -> tuple[float, ...]:
     """Order of the oldest choice on the host tier that waits to leave it, since nobody decodes
-    there any more: nobody younger takes the GPU's blocks before it."""
+    there any more: nobody younger takes the GPU's blocks before it. While the host tier is away it
+    could not take them, and holds nobody back."""
     decision = state.decision
-    if decision is not None and decision.resident_tokens == 0:
+    if state.host_up and decision is not None and decision.resident_tokens == 0:
         for choice in state.running_on(Tier.HOST):
             if Tier.GPU in choice.request.tiers and not state.never_on_gpu(choice):
                 return choice.order

@@ -104,14 +104,19 @@ class Cell:
         return (end, OK) if self.when is When.MIGRATION and end == HOST_TIER_LOST else (end,)
 
     @property
+    def pinned(self) -> bool:
+        """Nothing is predicted to gain by the host tier here: auto has to be told, or choices
+        forced there."""
+        return self.mode == "auto" and self.when is not When.MIGRATION
+
+    @property
     def config(self) -> dict[str, object]:
         """Of the engines."""
         patience: dict[str, object] = {"lease_seconds": 120.0}
         if self.short_lease:
             patience = {"lease_seconds": 5.0, "sweep_deadline_ms": 500.0}
         every = 1 if self.when is When.MIGRATION else 0
-        # Nothing is predicted to gain by the host tier here: auto has to be told.
-        offload = "always" if self.mode == "auto" else "auto"
+        offload = "always" if self.pinned else "auto"
         mode = {"offload_mode": self.mode, "offload": offload}
         return {**mode, "force_migration_every": every, **patience}
 

@@ -10,6 +10,7 @@ import pytest
 
 from gpu_service.engine.messages import TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
+from gpu_service.scheduling.decision import Decision
 from gpu_service.scheduling.plan import Failure, IterationPlan, Mode, SweepResult, Tier
 from gpu_service.scheduling.scheduler import Scheduler
 from neo_common.errors import Reason
@@ -409,6 +410,16 @@ def test_host_requests_wait_out_an_outage_and_others_go_on() -> None:
     machine.run()
     assert machine.usages["host"].recomputations == 0
     assert len(machine.outputs["host", 0]) == 40
+
+
+def test_new_requests_start_on_the_gpu_while_others_wait_for_the_host() -> None:
+    """With `offload_mode: auto` it is decided that the host tier holds nothing while it is away:
+    whoever is to leave it then cannot, and must not keep the GPU's blocks from others."""
+    machine = host_and_gpu()
+    machine.scheduler.state.decision = Decision(why="there is no host tier now")
+    machine.submit(submit("new", 8, 3, placement="gpu_only"))
+    away(machine, HostTierState.DEGRADED, 5.0)
+    assert len(machine.outputs["new", 0]) == 3
 
 
 def test_a_host_tier_lost_by_its_lease_ends_its_requests() -> None:

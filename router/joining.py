@@ -16,6 +16,7 @@ protocol.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -85,7 +86,8 @@ class Pace:
 
     def _look(self) -> None:
         self._arm()
-        self.look()
+        with contextlib.suppress(OSError):  # no descriptor is free; the next look spans both times
+            self.look()
 
     def look(self) -> None:
         """See how busy the thread was since the last time."""

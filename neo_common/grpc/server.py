@@ -36,6 +36,9 @@ _OPTIONS = (
     # Clients may look as often while an answer is long in coming: by default the fourth ping within
     # five minutes each ends the connection.
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    # Connections that say nothing: those that a flood leaves take descriptors, of which gRPC would
+    # have each keep its own for two minutes.
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # A burst that we did not get to yet would otherwise end as CANCELLED, at random from 1000 calls
     # on: what is too much is for us to refuse, with a reason and a delay.
     ("grpc.server.max_pending_requests", 100_000),

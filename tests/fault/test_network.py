@@ -228,6 +228,17 @@ async def test_a_storm_of_connections_passes(router_alone: Service) -> None:
 
 
 @pytest.mark.slow
+async def test_connections_that_say_nothing_are_closed(router_alone: Service) -> None:
+    host, _, port = router_alone.address.rpartition(":")
+    silent = [await asyncio.open_connection(host, int(port)) for _ in range(50)]
+    async with asyncio.timeout(60):
+        for reader, writer in silent:
+            while await reader.read(1 << 16):  # its own greeting
+                pass
+            writer.close()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 async def test_peers_that_vanish_are_found_in_the_documented_time(tmp_path: Path) -> None:
     """A client's connection stalls: its request ends, its blocks are free. Then a gpu_service's."""

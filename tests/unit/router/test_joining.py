@@ -281,3 +281,26 @@ def test_bytes_in_a_row_are_the_message_that_holds_all(
     assert not ends or joined.usage == usage
     fields = {field.name for field in inference.GenerateStreamResponse.DESCRIPTOR.fields}
     assert fields == {"request_id", "deltas", "usage", "prompt_logprobs"}, "and test new ones here"
+
+
+async def test_a_look_that_finds_no_descriptor_is_made_up_for() -> None:
+    """The next one spans both times; the timer goes on, and the loop's handler hears of nothing."""
+    failing = True
+    looks = asyncio.Event()
+
+    def busy() -> float:
+        looks.set()
+        if failing:
+            raise OSError("too many open files")
+        return 0.0
+
+    heard: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: heard.append(context))
+    pace = Pace(0.04, busy=lambda: 0.0)
+    pace.start()
+    pace._busy = busy
+    for failing in (True, False):  # noqa: B007 -- `busy` sees it
+        looks.clear()
+        await asyncio.wait_for(looks.wait(), 30)
+    pace.stop()
+    assert not heard

@@ -17,7 +17,7 @@ from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Abort, Submit
 from gpu_service.model.model import load_model
 from gpu_service.offload.host_tier import HostTierState
-from gpu_service.pipeline.cuda import host_rows, host_side, inputs, queued
+from gpu_service.pipeline.cuda import host_rows, inputs, queued
 from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult
 from kernels.gpu import host_exchange
 from tests.support.engine import (
@@ -244,12 +244,6 @@ def test_a_host_that_does_not_answer_in_time(
 # -- mutants -------------------------------------------------------------------------------------
 
 MUTANTS: dict[str, tuple[ModuleType, str, str, str]] = {
-    "lanes-change-places": (
-        host_side,
-        "for t in tables]",
-        "for t in tables[::-1]]",
-        "runner.HostSide",
-    ),
     "both-on-one-lane": (
         host_rows,
         "exchange.waited(self._lane, layer)",

@@ -15,7 +15,7 @@ CONSTRAINTS_cpu := -c constraints-cpu.txt
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) $(CONSTRAINTS_$(TORCH))
 BUILD_INPUTS := pyproject.toml constraints-cpu.txt CMakeLists.txt $(wildcard kernels/cpu/csrc/*)
 CPP_SOURCES := $(wildcard kernels/cpu/csrc/*.cpp kernels/cpu/csrc/*.hpp)
-SYSTEM_TOOLS := prometheus promtool chromium
+SYSTEM_TOOLS := prometheus promtool chromium spin
 DEMO_STAMP := $(VENV)/.neo-demo-$(TORCH)
 TEST_STAMP := $(VENV)/.neo-test-$(TORCH)
 
@@ -25,7 +25,7 @@ TEST_STAMP := $(VENV)/.neo-test-$(TORCH)
 help:
 	@echo "make demo      install into $(VENV), then one real prompt through all three services on this machine"
 	@echo "make test      install what tests need, lint, run all tests but the slow ones (ARGS=... goes to pytest)"
-	@echo "make system-tools   install prometheus and chromium for the tests (Debian, as root)"
+	@echo "make system-tools   install prometheus, chromium and spin for the tests (Debian, as root)"
 	@echo "make lint      ruff, mypy, import rules, clang-format, buf, generated stubs"
 	@echo "make format    rewrite sources with ruff and clang-format"
 	@echo "make protos    regenerate protos/neo/v1/*_pb2*"
@@ -62,15 +62,16 @@ $(TEST_STAMP): $(DEMO_STAMP)
 	  o = p["optional-dependencies"]; print(*(r.replace(" ", "") for r in o["test"] + o["dev"]))')
 	@touch $@
 
-# Programs that no Python package carries: a Prometheus for metrics and rules, a browser for the status page.
+# Programs that no Python package carries: a Prometheus for metrics and rules, a browser for the status page,
+# spin for the models of the protocol.
 # RUNLEVEL keeps Debian from starting a service with the package.
 system-tools:
 	@missing=; for tool in $(SYSTEM_TOOLS); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
 	if [ -n "$$missing" ]; then \
 	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	    echo "tests need$$missing; on Debian: apt-get install prometheus chromium" >&2; exit 1; fi; \
+	    echo "tests need$$missing; on Debian: apt-get install prometheus chromium spin" >&2; exit 1; fi; \
 	  echo "==> installing$$missing"; apt-get update -qq && RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive \
-	    apt-get install -y -qq --no-install-recommends prometheus chromium >/dev/null; \
+	    apt-get install -y -qq --no-install-recommends prometheus chromium spin >/dev/null; \
 	fi
 
 lint: install-test

@@ -222,8 +222,12 @@ class HostSide:
         return here
 
     def lose(self) -> tuple[Flight, ...]:
-        """All that is under way, which will not come."""
+        """All that is under way, which will not come. The epoch ends with it: else the host would
+        go on with these rows, whose blocks are others' from here on, or wait for a sweep that was
+        never launched and take the next one's doorbells for it."""
         lost = tuple(self._under_way)
+        if lost:
+            self._tier.give_up("rows that it had were given up")
         self._under_way.clear()
         self._waiting = [self._nobody] * len(self._waiting)
         return lost

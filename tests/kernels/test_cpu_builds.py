@@ -100,6 +100,43 @@ def test_sanitizers_find_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sessions_under_load_are_clean(tmp_path: Path, sanitizers: str) -> None:
+    """Without Python, whose runtime is not instrumented; leaks count. TSan knows no futex and no
+    fences of its own: bells.pml has what they order. Scalar loops: vectors are not its matter."""
+    sources = ROOT / "kernels/cpu/csrc"
+    plain = [path for path in sources.glob("*.cpp") if "bind" not in path.name]
+    sets = {
+        "avx2": "-mavx2 -mfma -mf16c",
+        "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd",
+    }
+    sets["avx512bf16"] = sets["avx512"] + " -mavx512bf16 -mavx512vnni"
+    sets["amx"] = sets["avx512bf16"] + " -mamx-tile -mamx-bf16 -mamx-int8"
+    common = ["g++", "-std=c++20", "-O1", "-g", "-w", "-pthread", "-fno-omit-frame-pointer",
+              f"-I{sources}", f"-fsanitize={sanitizers}"]  # fmt: skip
+    objects = []
+    for path in (*plain, ROOT / "tests/kernels/dataplane_stress.cpp"):
+        isa = path.stem.rpartition("_")[2]
+        if isa == "neon":
+            continue
+        objects.append(tmp_path / f"{path.stem}.o")
+        flags = sets.get(isa, "").split()
+        subprocess.run([*common, *flags, "-c", path, "-o", objects[-1]], check=True)
+    subprocess.run([*common, *objects, "-o", tmp_path / "stress"], check=True)
+    done = subprocess.run(
+        [tmp_path / "stress", "30"],
+        env=os.environ | {"NEO_CPU_ISA": "scalar", "UBSAN_OPTIONS": "halt_on_error=1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    assert "sweeps, 0 wrong" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_loops_over_amx_tiles_are_right(tmp_path: Path) -> None:
     """Tiles are emulated: what they compute is tested here, that they are fast elsewhere."""

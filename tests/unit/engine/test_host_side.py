@@ -1,4 +1,4 @@
-"""Rows under way on the host that are given up; tests/golden/test_cuda_deferred.py has sweeps."""
+"""Rows under way on the host that are given up."""
 
 from __future__ import annotations
 

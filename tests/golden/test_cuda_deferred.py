@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Abort, Submit
 from gpu_service.model.model import load_model
 from gpu_service.offload.host_tier import HostTierState
+from gpu_service.pipeline.cuda.runner import CudaRunner, QueuedSweep
 from gpu_service.scheduling.plan import IterationPlan, Mode
 from kernels.gpu import host_exchange
 from tests.support.engine import (
@@ -194,3 +196,43 @@ def test_a_host_that_goes_away_under_way(
         expected = greedy_tokens(reference, request.prompt_token_ids, 5)
         assert answers.tokens[request.request_id, 0] == expected
         assert answers.usages[request.request_id].recomputations == 0
+
+
+@pytest.mark.slow
+def test_rows_given_up_for_memory_do_not_stay_with_the_host(
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep that is published and never launched would leave its rows to a worker that takes the
+    next sweep's doorbells for theirs, and writes into blocks that others have by then."""
+    asked = [
+        greedy(f"h{i}", prompt, 3, placement="cpu_preferred")
+        for i, prompt in enumerate(prompts()[:2])
+    ]
+    with (
+        cpu_service(tmp_path) as service,
+        deferred(directories["llama"], service, force_migration_every=0) as core,
+    ):
+        queue, failed = CudaRunner._queue, []
+
+        def fails_once(runner: CudaRunner, plan: IterationPlan, *rest: Any) -> QueuedSweep:
+            if not failed and core.scheduler.state.flights:
+                failed.append(core.host.epoch)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            return queue(runner, plan, *rest)
+
+        monkeypatch.setattr(CudaRunner, "_queue", fails_once)
+        answers = Answers()
+        for request in asked:
+            core.handle(request)
+        while core.scheduler.live_requests or core.scheduler.state.flights:
+            step(core, answers)
+            core.scheduler.state.check_integrity()
+        check_empty(core)
+        assert failed
+        assert core.host.epoch > failed[0]
+    reference = reference_model(directories["llama"])
+    for request in asked:
+        if request.request_id not in answers.refusals:
+            expected = greedy_tokens(reference, request.prompt_token_ids, 3)
+            assert answers.tokens[request.request_id, 0] == expected
+    assert {x.reason for x in answers.refusals.values()} == {"OUT_OF_MEMORY"}

@@ -1,4 +1,4 @@
-"""Rows under way on the host that are given up."""
+"""Rows under way on the host that are given up; test_cuda_deferred.py has whole sweeps."""
 
 from __future__ import annotations
 

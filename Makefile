@@ -7,6 +7,8 @@ VENV ?= .venv
 # the environment that PYTHON belongs to (SYSTEM_PACKAGES=1).
 TORCH ?= cpu
 SYSTEM_PACKAGES ?= 0
+# Files of tests that run at the same time.
+JOBS ?= 2
 # Extra arguments for pip, such as --extra-index-url of a CPU-only torch index.
 PIP_FLAGS ?=
 
@@ -37,7 +39,7 @@ demo: install
 	$(PY) -m neo_client.cli demo $(ARGS)
 
 test: install-test system-tools lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 install: $(DEMO_STAMP)
 install-test: $(TEST_STAMP)

@@ -84,7 +84,15 @@ class Failure:
 
     @classmethod
     def of(cls, error: grpc.aio.AioRpcError) -> Failure:
-        return cls(error.code(), error.details() or "", forwarded(error.trailing_metadata()))
+        return cls.seen(error.code(), error.details() or "", forwarded(error.trailing_metadata()))
+
+    @classmethod
+    def seen(cls, code: grpc.StatusCode, details: str, trailing: Metadata) -> Failure:
+        """Of a call that nobody here has cancelled. A server that stops cancels what it has left,
+        and does not say why: its caller could do nothing with that."""
+        if code is grpc.StatusCode.CANCELLED and all(key != DETAILS_KEY for key, _ in trailing):
+            code = grpc.StatusCode.UNAVAILABLE
+        return cls(code, details, trailing)
 
     async def refuse(self, context: Context) -> NoReturn:
         """End our own call in the same way."""
@@ -150,7 +158,7 @@ class Attempt:
             raise error
         details = str(await self._call.details() or "")
         trailing = forwarded(await self._call.trailing_metadata())
-        return Failure(grpc.StatusCode.CANCELLED, details, trailing)
+        return Failure.seen(grpc.StatusCode.CANCELLED, details, trailing)
 
     def end(self) -> None:
         """Let go of the backend's call, whatever its state."""

@@ -243,3 +243,22 @@ async def test_details_of_lost_calls_do_not_name_addresses() -> None:
             await ready.text()
         assert details(caught).reason == "BACKEND_LOST"
         assert a.address not in str(caught.value.details())
+
+
+class Cutting(FakeBackend):
+    """Ends each call as a server does that stops: cancelled, without a reason."""
+
+    async def _begin(self, request: inference.GenerateRequest, context: Any) -> None:
+        await context.abort(grpc.StatusCode.CANCELLED, "")
+
+
+async def test_a_call_that_a_stopping_backend_cut_is_tried_elsewhere() -> None:
+    cutting, whole = Cutting("a"), FakeBackend("b")
+    for backend in (cutting, whole):
+        await backend.start()
+    async with front([cutting, whole], policy="round-robin") as ready:
+        assert [await stream(ready) for _ in range(4)] == [(4, "OK")] * 4
+    async with front([cutting]) as ready:
+        assert await stream(ready) == (0, "UNAVAILABLE/BACKEND_LOST")
+    for backend in (cutting, whole):
+        await backend.stop()

@@ -100,8 +100,11 @@ class Cell:
         if stream == "beside":
             return (self.row.host,) if self.who is Who.CPU else (OK,)
         end = self.row.gpu if stream.startswith("gpu") else self.row.host
-        # Who is on the GPU tier at that moment stays there.
-        return (end, OK) if self.when is When.MIGRATION and end == HOST_TIER_LOST else (end,)
+        # Who is on the GPU tier at that moment stays there; and a front end may go on again before
+        # the router's pings have gone unanswered for too long.
+        spared = self.when is When.MIGRATION and end == HOST_TIER_LOST
+        spared = spared or (self.who, self.how) == (Who.FRONT, How.HANG)
+        return (end, OK) if spared else (end,)
 
     @property
     def pinned(self) -> bool:
@@ -141,7 +144,7 @@ MATRIX = [
     ),
     row(Who.FRONT, (How.TERM,), ALL, exit=0, refused=NO_BACKEND),
     row(Who.FRONT, (How.PAUSE,), ALL),
-    row(Who.FRONT, (How.HANG,), ALL, refused=NO_BACKEND),
+    row(Who.FRONT, (How.HANG,), ALL, host=BACKEND_LOST, gpu=BACKEND_LOST, refused=NO_BACKEND),
     row(Who.ROUTER, DEADLY, ALL, exit=-signal.SIGKILL, host=CUT, gpu=CUT, refused=CUT),
     row(Who.ROUTER, (How.TERM,), ALL, exit=0, refused=CUT),
     row(Who.ROUTER, (How.PAUSE, How.HANG), ALL),

@@ -53,11 +53,11 @@ class GpuServiceConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettin
     offload: str = "auto"
     """`never`, `auto` (the scheduler decides) or `always` (every request on the host tier)."""
     offload_mode: str = "auto"
-    """`auto`: what the scheduler predicts to bring most, of all that follows and the GPU alone,
-    decided anew as the load changes. `inline`: the host tier's attention is waited for in each
-    layer. `deferred`: it has until the next iteration, so that a token takes as many as there are
-    layers; needs `offload_transport` `shm`. `asymmetric`: two sub-batches take turns with the
-    device, each waited for while the other computes."""
+    """`auto`: what the scheduler predicts to bring most, of the GPU alone and what follows (on cuda
+    with `shm`: `deferred`), decided anew as the load changes. `inline`: the host tier's attention
+    is waited for in each layer. `deferred`: it has until the next iteration, so that a token takes
+    as many as there are layers; needs `offload_transport` `shm`. `asymmetric`: two sub-batches take
+    turns with the device, each waited for while the other computes."""
     cpu_services: tuple[str, ...] = ()
     """gRPC addresses of the cpu_services, one per NUMA node; empty means no host tier."""
     offload_transport: str = "shm"

@@ -58,6 +58,34 @@ class Parts:
     metrics: HttpMetrics
 
 
+class BodyRoom:
+    """At most so many bytes of bodies that are coming in or being answered."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+
+    @contextmanager
+    def taking(self) -> Iterator[Callable[[int], None]]:
+        """To be told of one body's bytes, which count until the block ends. Raises ServiceError
+        when there is no room for more."""
+        mine = 0
+
+        def take(count: int) -> None:
+            nonlocal mine
+            if self._held + count > self._most:
+                raise ServiceError(
+                    Reason.OVERLOADED, "too many large requests are under way", retry_after=1.0
+                )
+            self._held += count
+            mine += count
+
+        try:
+            yield take
+        finally:
+            self._held -= mine
+
+
 class Api:
     """The handlers. Used by one event loop."""
 
@@ -65,8 +93,7 @@ class Api:
         self._parts = parts
         self._vocabulary = Vocabulary()
         self._started = int(time.time())
-        self._held_bytes = 0
-        """Of bodies that are coming in or being answered."""
+        self._bodies = BodyRoom(parts.settings.http_bodies_mib << 20)
         self.busy: set[Any] = set()
         """Connections with a request under way, as aiohttp's protocols."""
 
@@ -139,8 +166,8 @@ class Api:
     def _generating(self, read: Callable[[bytes], Question]) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             ask = await self._enter(request, "GenerateStream")
-            with self._parts.admitted(), self._held(self._size(request)):
-                question = read(await self._body(request))
+            with self._parts.admitted(), self._bodies.taking() as take:
+                question = read(await self._body(request, take))
                 if question.timeout_seconds is not None:
                     ask.call.limit(question.timeout_seconds)
                 if question.session:
@@ -153,38 +180,26 @@ class Api:
 
         return handle
 
-    def _size(self, request: web.Request) -> int:
-        """Bytes of the body at most. Raises HTTPRequestEntityTooLarge."""
-        size, most = request.content_length, self._parts.settings.http_max_body_mib << 20
-        if size is not None and size > most:
-            raise web.HTTPRequestEntityTooLarge(most, size)
-        return most if size is None else size
-
-    @contextmanager
-    def _held(self, size: int) -> Iterator[None]:
-        """Raises ServiceError when there is no room for so many bytes more."""
-        if self._held_bytes + size > self._parts.settings.http_bodies_mib << 20:
-            raise ServiceError(
-                Reason.OVERLOADED, "too many large requests are under way", retry_after=1.0
-            )
-        self._held_bytes += size
-        try:
-            yield
-        finally:
-            self._held_bytes -= size
-
-    async def _body(self, request: web.Request) -> bytes:
-        """Raises an HTTPException."""
+    async def _body(self, request: web.Request, take: Callable[[int], None]) -> bytes:
+        """`take` is told of its bytes as they come. Raises ServiceError, or an HTTPException."""
         if request.content_type != "application/json":
             # Browsers ask before they send this type to other sites, and need not for others.
             raise web.HTTPUnsupportedMediaType(text="Content-Type must be application/json")
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise web.HTTPUnsupportedMediaType(text="Content-Encoding is not supported")
+        size, most = request.content_length or 0, self._parts.settings.http_max_body_mib << 20
+        body = bytearray()
         try:
             async with asyncio.timeout(self._parts.settings.http_body_seconds):
-                return await request.read()
+                while size <= most and (piece := await request.content.readany()):
+                    take(len(piece))
+                    body += piece
+                    size = max(size, len(body))
         except TimeoutError:
             raise web.HTTPRequestTimeout(text="the body did not arrive in time") from None
+        if size > most:
+            raise web.HTTPRequestEntityTooLarge(most, size)
+        return bytes(body)
 
 
 async def _name_server(request: web.Request, response: web.StreamResponse) -> None:

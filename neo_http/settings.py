@@ -16,7 +16,8 @@ class HttpSettings:
     http_max_body_mib: int = 8
     """Largest body of an HTTP request; larger ones end with 413."""
     http_bodies_mib: int = 256
-    """Bodies of HTTP requests under way, together; what is too much ends with 429."""
+    """Bodies of HTTP requests together, as far as they have come and until they are answered; what
+    is too much ends with 429. At least `http_max_body_mib`."""
     http_body_seconds: float = 30.0
     """How long a request's body may take to arrive."""
     http_max_connections: int = 4096

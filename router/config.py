@@ -84,7 +84,8 @@ class RouterConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettings):
     stale_seconds: float = 2.0
     """A backend whose newest snapshot is older is SUSPECT: others are preferred."""
     silence_seconds: float = 5.0
-    """A load stream without a word for this long is given up and opened again."""
+    """A load stream without a word for this long, and a fifth more in which what has come is read,
+    is given up and opened again."""
     reconnect_seconds: float = 0.1
     """Pause before a lost load stream is opened again; doubles up to `max_reconnect_seconds`."""
     max_reconnect_seconds: float = 2.0

@@ -135,8 +135,8 @@ def fields(
     data: bytes, start: int, end: int, left: Iterator[int]
 ) -> Iterator[tuple[int, int, int]]:
     """Number, start and end of each length-delimited field of a message that lies from `start` to
-    `end`; others are passed over. Raises IndexError where this is no message, or has more fields
-    than are `left`."""
+    `end`; others are passed over, and what comes after as many fields as are `left`. Raises
+    IndexError where this is no message."""
     for _ in left:
         if start >= end:
             break
@@ -154,7 +154,7 @@ def fields(
             start += _BYTES_OF[wire_type]
         else:
             raise IndexError  # groups, which nobody sends
-    if start != end:
+    if start > end:
         raise IndexError
 
 

@@ -18,7 +18,7 @@ INLINE_BYTES = 2000
 MAX_TERMINALS = 400
 """Of a grammar. When it fails, its compiler takes the square of how deep they lie in each other:
 14 s for 1,500 of them."""
-_TERMINAL = re.compile(r"^\s*[?!]?_?[A-Z][A-Z_0-9]*\s*[.:{]", re.MULTILINE)
+_TERMINAL = re.compile(r"^[ \t]*[?!]?_?[A-Z][A-Z_0-9]*[ \t]*[.:{]", re.MULTILINE)
 # Small models love to go on with blanks for ever. A schema's own `x-guidance` overrules it.
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,33}"
 

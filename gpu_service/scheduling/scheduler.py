@@ -110,9 +110,8 @@ class Scheduler:
                 self._finish_choice(choice, now)
 
     def forget_prefixes(self) -> None:
-        """Let no KV be found that is complete by now."""
-        for pool in self.state.pools.values():
-            pool.forget()
+        """Let nobody who is submitted from now on find KV of those before."""
+        self.state.forget_prefixes()
 
     def host_state(self, host: HostTierState, now: float) -> None:
         """What the host tier is like now; call it before each `schedule`."""

@@ -79,6 +79,12 @@ class SchedulerState:
         self.prefix_tokens = PrefixTokens()
         self._secret = secrets.token_bytes(SECRET_BYTES)
 
+    def forget_prefixes(self) -> None:
+        """Nobody who comes from now on finds what those before have computed, or will."""
+        self._secret = secrets.token_bytes(SECRET_BYTES)
+        for pool in self.pools.values():
+            pool.forget()
+
     # -- questions ---------------------------------------------------------------------------
 
     def usable(self, tier: Tier) -> bool:

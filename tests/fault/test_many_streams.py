@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 CLIENTS, CONNECTIONS, STREAMS = 4, 250, 10
 TOTAL = CLIENTS * CONNECTIONS * STREAMS
 KIB_PER_STREAM = 100
-"""With its share of a connection; docs/operations.md says about 50 for a stream alone."""
+"""With its share of a connection; docs/operations.md says about 55 for a stream alone."""
 
 
 @contextmanager

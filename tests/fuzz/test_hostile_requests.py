@@ -112,6 +112,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "lark-parentheses": {"grammar": "start: " + "(" * _DEEP + '"a"' + ")" * _DEEP},
     "gbnf-parentheses": {"grammar": "root ::= " + "(" * _DEEP + '"a"' + ")" * _DEEP},
     "lark-left": {"grammar": 'start: start start | "a" | ""'},
+    "lark-blank-lines": {"grammar": 'start: "a"' + "\n" * 60_000 + "T: /a/"},
     "lark-doubling": {"grammar": f'start: T0\n{_CHAIN}\nT400: "a"'},
     "lark-terminals": {
         "grammar": "start: T0\n" + "\n".join(f"T{i}: T{i + 1}" for i in range(3000))

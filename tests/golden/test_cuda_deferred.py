@@ -63,11 +63,11 @@ def deferred(directory: Path, service: Service, **changes: Any) -> Iterator[Engi
     made = config(
         directory,
         offload="auto",
-        offload_mode="deferred",
         cpu_services=(service.address,),
         max_running_requests=8,
         sweep_deadline_ms=30_000,
         **{
+            "offload_mode": "deferred",
             "force_migration_every": 3,
             "max_batch_tokens": 24,
             "host_kv_gib": 0.01,
@@ -199,8 +199,9 @@ def test_a_host_that_goes_away_under_way(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["deferred", "inline", "asymmetric"])
 def test_rows_given_up_for_memory_do_not_stay_with_the_host(
-    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directories: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """A sweep that is published and never launched would leave its rows to a worker that takes the
     next sweep's doorbells for theirs, and writes into blocks that others have by then."""
@@ -210,12 +211,13 @@ def test_rows_given_up_for_memory_do_not_stay_with_the_host(
     ]
     with (
         cpu_service(tmp_path) as service,
-        deferred(directories["llama"], service, force_migration_every=0) as core,
+        deferred(directories["llama"], service, offload_mode=mode, force_migration_every=0) as core,
     ):
         queue, failed = CudaRunner._queue, []
 
         def fails_once(runner: CudaRunner, plan: IterationPlan, *rest: Any) -> QueuedSweep:
-            if not failed and core.scheduler.state.flights:
+            waited = any(batch.host_decode for batch in plan.batches) and mode != "deferred"
+            if not failed and (waited or core.scheduler.state.flights):
                 failed.append(core.host.epoch)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
             return queue(runner, plan, *rest)

@@ -169,9 +169,13 @@ async def test_what_was_computed_is_found_again_by_the_same_tenant(
 ) -> None:
     prompt = types_pb2.TokenIds(ids=list(range(40, 90)))
 
+    def prompt_of(ids: types_pb2.TokenIds, max_tokens: int) -> Any:
+        asked = request(max_tokens=max_tokens)
+        asked.token_ids.CopyFrom(ids)
+        return asked
+
     async def ask(tenant: str, salt: str = "") -> int:
-        asked = request(max_tokens=2)
-        asked.token_ids.CopyFrom(prompt)
+        asked = prompt_of(prompt, 2)
         asked.scheduling.cache_salt = salt
         usage = (await inference.Generate(asked, metadata=[("x-neo-tenant", tenant)])).usage
         assert usage.cached_prompt_tokens == usage.prefix_hit_tokens
@@ -186,6 +190,12 @@ async def test_what_was_computed_is_found_again_by_the_same_tenant(
     assert after.prefix_hit_tokens_total - before.prefix_hit_tokens_total == 3 * 48
     await engine.ResetPrefixCache(engine_pb2.ResetPrefixCacheRequest())
     assert [await ask("a"), await ask("a"), await ask("a", "s")] == [0, 48, 0]
+    running = inference.GenerateStream(prompt_of(prompt, 900))
+    await running.read()
+    await engine.ResetPrefixCache(engine_pb2.ResetPrefixCacheRequest())
+    # What it has computed and goes on to compute is for nobody that comes later.
+    assert await ask("") == 0
+    running.cancel()
 
 
 async def test_abort_ends_the_stream(inference: Any, service: Service) -> None:

@@ -90,7 +90,20 @@ async def test_too_much_at_once() -> None:
             a.hold.set()
             assert [event async for event in stream][-1] == "[DONE]"
         assert (await http.post("/v1/completions", large)).status == 200
-        assert (await http.post("/v1/completions", COMPLETION)).status == 200
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield json.dumps({**COMPLETION, "stream": True}).encode()
+
+        # One whose length is not known beforehand takes what has come, and no more.
+        a.hold = asyncio.Event()
+        async with http.session.post(
+            http.url + "/v1/completions", data=pieces(),
+            headers={"Content-Type": "application/json"},
+        ) as answer:  # fmt: skip
+            stream = events(answer)
+            await begun(stream)
+            a.hold.set()
+            assert (await http.post("/v1/completions", large)).status == 200
 
 
 async def test_a_deadline_of_the_client() -> None:

@@ -12,6 +12,7 @@ import heapq
 import os
 import random
 import select
+import shutil
 import struct
 import subprocess
 import threading
@@ -33,6 +34,8 @@ def missing() -> str:
         return "needs root"
     if not Path("/dev/net/tun").exists():
         return "needs /dev/net/tun"
+    if shutil.which("ip") is None:
+        return "needs ip (iproute2)"
     tried = subprocess.run(["ip", "netns", "list"], capture_output=True, check=False)
     return "" if tried.returncode == 0 else "needs `ip netns`"
 

@@ -72,6 +72,8 @@ class HostSide:
         self._waiting = [self._nobody] * cache.layout.layers
         """Cohorts by the layer whose attention they wait for."""
         self._under_way: dict[Flight, None] = {}
+        self._published = 0
+        """Epoch of the last sweep that the host was told of."""
         self._status = [torch.zeros_like(exchange.status, device="cpu") for _ in "ab"]
         if exchange.status.is_cuda:
             self._status = [status.pin_memory() for status in self._status]
@@ -148,6 +150,7 @@ class HostSide:
             sweep = self._tier.publish([HostRows(t.lengths, t.block_tables) for t in tables])
         except HostTierStalled:
             return None
+        self._published = registered.session.epoch
         # No sweep with host rows is unfinished: the status is this one's alone.
         self._exchange.status.zero_()
         counts = np.zeros(self._cache.layout.layers + 2, np.int32)
@@ -174,6 +177,7 @@ class HostSide:
             sweep = self._tier.publish([submitting])
         except HostTierStalled:
             return None
+        self._published = registered.session.epoch
         if not any(cohort.flights for cohort in self._waiting):
             self._exchange.status.zero_()
         self._waiting = cohorts[:-1]
@@ -221,12 +225,13 @@ class HostSide:
             del self._under_way[flight]
         return here
 
-    def lose(self) -> tuple[Flight, ...]:
-        """All that is under way, which will not come. The epoch ends with it: else the host would
-        go on with these rows, whose blocks are others' from here on, or wait for a sweep that was
-        never launched and take the next one's doorbells for it."""
+    def lose(self, unlaunched: HostSweep | None = None) -> tuple[Flight, ...]:
+        """All that is under way, which will not come. The epoch that it is in ends with it, and
+        with one that was begun and is not launched: else the host would go on with these rows,
+        whose blocks are others' from here on, or wait for a sweep that was never launched and take
+        the next one's doorbells for it."""
         lost = tuple(self._under_way)
-        if lost:
+        if (lost or unlaunched is not None) and self._tier.epoch == self._published:
             self._tier.give_up("rows that it had were given up")
         self._under_way.clear()
         self._waiting = [self._nobody] * len(self._waiting)

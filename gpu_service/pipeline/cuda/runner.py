@@ -119,7 +119,7 @@ class CudaRunner:
             if not is_out_of_memory(error):
                 raise
             self._sweeps.draws.forget()
-            under_way = self._host.lose() if self._host else ()
+            under_way = self._host.lose(beside) if self._host else ()
             return DoneSweep(out_of_memory(plan, lost, under_way))
 
     def _staged(self, batch: SubBatch) -> tuple[SubBatch, Longs | None, frozenset[int]]:

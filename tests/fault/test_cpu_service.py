@@ -109,7 +109,7 @@ def test_a_stopped_service_is_given_up_and_cannot_write_later(tmp_path: Path) ->
         mirror.sweep(tier, rows)
 
 
-def test_a_restarted_service_is_not_used_while_the_old_one_is_only_stopped(tmp_path: Path) -> None:
+def test_a_restart_beside_a_service_that_is_only_stopped(tmp_path: Path) -> None:
     """Two processes for a while (a supervisor gave up on the stopped one): the session waits for
     proof that the old one is gone."""
     mirror = Mirror.make()
@@ -122,7 +122,7 @@ def test_a_restarted_service_is_not_used_while_the_old_one_is_only_stopped(tmp_p
             mirror.sweep(tier, mirror.rows([40]))
         # The old process still owns the port; a proxy in front would lead to the new one. Here the
         # tier itself is pointed there.
-        with cpu_service(tmp_path / "second") as second:
+        with cpu_service(tmp_path / "2") as second:
             object.__setattr__(tier._options, "address", second.address)
             time.sleep(0.5)
             tier.poll()

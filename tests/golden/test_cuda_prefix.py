@@ -45,7 +45,7 @@ def core(directory: Path, addresses: Sequence[str], **changes: Any) -> Iterator[
         directory, cpu_services=tuple(addresses), max_running_requests=8, prefix_caching=True,
         sweep_deadline_ms=30_000, **values,
     )  # fmt: skip
-    host_blocks = 0 if made.offload == "never" else 64
+    host_blocks = 64 if addresses == ["local"] and made.offload != "never" else 0
     built = triton_core(made, load_model(directory, dtype="float32"), host_blocks=host_blocks)
     try:
         yield built

@@ -35,7 +35,7 @@ def pod(tmp_path: Path) -> Iterator[Pod]:
     pod.stop()
 
 
-def test_a_pod_from_its_first_container_to_its_last_word(pod: Pod, tmp_path: Path) -> None:
+def test_a_pods_life(pod: Pod, tmp_path: Path) -> None:
     doctor = pod.start("doctor")
     assert doctor.wait(timeout=120) == 0, pod.log("doctor")
     written = yaml.safe_load((tmp_path / "root/run/neo/gpu_service.yaml").read_text())

@@ -203,7 +203,7 @@ def test_a_device_too_small_says_so_in_a_sentence(
 
     monkeypatch.setattr(core_process, "build_core", build)
     channel = SimpleNamespace(send=said.append)
-    assert core_process._run(config(directory), channel) == 2  # type: ignore[arg-type]
+    assert core_process._run(config(directory), channel, print) == 2  # type: ignore[arg-type]
     (failed,) = said
     assert isinstance(failed, Failed)
     assert failed.message.startswith("memory ran out while the model was loading; lower")

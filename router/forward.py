@@ -83,9 +83,12 @@ class Forwarder:
                 continue
             if method.name == "Abort":
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(self._abort(path))
-            elif method.name in LISTING:
+                continue
+            if method.name in LISTING:
                 methods[method.name] = grpc.unary_unary_rpc_method_handler(self.listed(path))
-            elif method.server_streaming:
+                continue
+            self._metrics.expect(path)
+            if method.server_streaming:
                 methods[method.name] = grpc.unary_stream_rpc_method_handler(self._stream(path))
             else:
                 self._unary_paths.add(path)

@@ -31,8 +31,6 @@ class Measured:
         self._attempts = 0
         self._answered = False
         metrics.recent.started()
-        # At zero from here on: rate() would miss the first observation of a series it has not seen.
-        metrics.first_message.labels(method)
 
     def attempt(self, backend: str) -> None:
         """The call goes to `backend`."""
@@ -120,6 +118,11 @@ class RouterMetrics:
             "neo_router_backend_in_flight", "Calls open on each backend.", ["backend"],
             registry=registry,
         )  # fmt: skip
+
+    def expect(self, path: str) -> None:
+        """`path` will be called: its series begins at zero, now, or rate() would miss whatever came
+        before the first look at it."""
+        self.first_message.labels(path.rpartition("/")[2])
 
     @contextmanager
     def measure(self, path: str, metadata: Any = ()) -> Iterator[Measured]:

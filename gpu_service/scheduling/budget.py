@@ -21,7 +21,6 @@ from gpu_service.kv.table import blocks_for
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import Tier
 from gpu_service.scheduling.state import SchedulerState
-from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED
 
 
 def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
@@ -43,7 +42,8 @@ def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
     prefilling, prefill_tokens = prefilling + starting, prefill_tokens + tokens
     beside = state.limits.cohort_rows if state.running_on(Tier.HOST) else 0
     waited = _waited_rows(state)
-    padded = costs.padded_decode(decode) + beside + _in_first(state, waited)
+    in_first = waited // 2 if state.splits else waited  # of two sub-batches, about
+    padded = costs.padded_decode(decode) + beside + in_first
     sizes = [size for size in costs.mixed_sizes if padded < size <= limit]
     if not sizes or not prefill_tokens:
         return limit
@@ -59,19 +59,11 @@ def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
 
 def _waited_rows(state: SchedulerState) -> int:
     """Host rows of the next iteration that are not deferred."""
-    decision = state.decision
-    defers = state.limits.cohorts > 0 if decision is None else decision.way == DEFERRED
-    if defers or not state.host_up:
+    if state.defers or not state.host_up:
         return 0
+    decision = state.decision
     rows = sum(c.is_decoding and not c.is_ending for c in state.running_on(Tier.HOST))
     return rows if decision is None else min(rows, round(decision.host_rows))
-
-
-def _in_first(state: SchedulerState, waited: int) -> int:
-    """Those of them in the first sub-batch, about."""
-    decision = state.decision
-    splits = state.limits.asymmetric if decision is None else decision.way == ASYMMETRIC
-    return waited // 2 if splits else waited
 
 
 def _missing_host_rows(state: SchedulerState) -> float:

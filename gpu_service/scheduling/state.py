@@ -25,6 +25,7 @@ from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import Flight, Migration, Tier
 from gpu_service.scheduling.request import Choice, ChoiceState, Request
 from gpu_service.scheduling.waiting import WaitingQueue
+from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED
 
 if TYPE_CHECKING:
     from gpu_service.scheduling.reuse import Reuse
@@ -86,6 +87,18 @@ class SchedulerState:
             pool.forget()
 
     # -- questions ---------------------------------------------------------------------------
+
+    @property
+    def defers(self) -> bool:
+        """Host rows that start do so in deferred mode."""
+        decision = self.decision
+        return self.limits.cohorts > 0 if decision is None else decision.way == DEFERRED
+
+    @property
+    def splits(self) -> bool:
+        """Host rows may be split over two sub-batches."""
+        decision = self.decision
+        return self.limits.asymmetric if decision is None else decision.way == ASYMMETRIC
 
     def usable(self, tier: Tier) -> bool:
         return self.pools[tier].total > 0 and (tier is Tier.GPU or self.host_up)

@@ -14,7 +14,7 @@ from gpu_service.scheduling.plan import IterationPlan, Mode, SubBatch, SweepResu
 from gpu_service.scheduling.predictor import Phases, Predictor
 from gpu_service.scheduling.request import Choice
 from gpu_service.scheduling.state import SchedulerState
-from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED, WAYS, SweepWork, work_of
+from gpu_service.scheduling.work import WAYS, SweepWork, work_of
 
 REVISED_EVERY = 8
 """Iterations that a decision holds: averages of many choices do not change faster."""
@@ -99,13 +99,10 @@ class Steering:
     def lay_out(self, batches: tuple[SubBatch, ...]) -> tuple[Mode, tuple[SubBatch, ...]]:
         """The mode of an iteration with these rows, and its sub-batches."""
         state, decision = self._state, self._state.decision
-        limits = state.limits
         rows = any(batch.host_decode for batch in batches)
-        defers = limits.cohorts > 0 if decision is None else decision.way == DEFERRED
-        if state.flights or (defers and rows):
+        if state.flights or (state.defers and rows):
             return Mode.DEFERRED, batches
-        splits = limits.asymmetric if decision is None else decision.way == ASYMMETRIC
-        if splits:
+        if state.splits:
             costs = None if decision is None else self.predictor
             batches = tuple(part for whole in batches for part in balance.split(whole, costs))
         return Mode.ASYMMETRIC if len(batches) == 2 else Mode.INLINE, batches

@@ -4,8 +4,7 @@ one, in Triton's interpreter and with a real cpu_service: tokens are those of `t
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 pytest.importorskip("triton")
 from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Abort, Submit
-from gpu_service.model.model import load_model
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.pipeline.cuda import host_rows, inputs, queued
 from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult
@@ -23,61 +21,25 @@ from kernels.gpu import host_exchange
 from tests.support.engine import (
     Answers,
     check_empty,
-    config,
     greedy,
-    local_core,
     run,
     step,
-    triton_core,
 )
-from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.models import FAMILIES, greedy_tokens, reference_model
 from tests.support.mutants import mutated
 from tests.support.offload import cpu_service
+from tests.support.on_triton import check_draws, served_core
 from tests.support.stack import Service
 
 OUTPUT = 5
 LENGTHS = (1, 17, 22)
+waiting = partial(served_core, offload_mode="asymmetric")
 KINDS = ("prefill", "gpu_decode", "streamed", "host_decode")
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with cpu_service(tmp_path_factory.mktemp("cpu")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: tiny_model_dir(root / name, name, head_dim=16) for name in FAMILIES}
 
 
 def requests(**sampling: Any) -> list[Submit]:
     prompts = ([3 + (7 * i + 13 * n) % 250 for i in range(n)] for n in LENGTHS)
     return [greedy(f"r{i}", prompt, OUTPUT, **sampling) for i, prompt in enumerate(prompts)]
-
-
-@contextmanager
-def waiting(directory: Path, service: Service, **changes: Any) -> Iterator[EngineCore]:
-    values = {
-        "offload_mode": "asymmetric",
-        "force_migration_every": 3,
-        "max_batch_tokens": 24,
-        "host_kv_gib": 0.01,
-        "sweep_deadline_ms": 30_000,
-    }
-    made = config(
-        directory,
-        offload="auto",
-        cpu_services=(service.address,),
-        max_running_requests=8,
-        **{**values, **changes},
-    )
-    core = triton_core(made, load_model(directory, dtype="float32"))
-    try:
-        yield core
-    finally:
-        core.close()
 
 
 class Log:
@@ -191,12 +153,7 @@ def test_draws_on_the_device_and_aborts(directories: dict[str, Path], service: S
             step(core, answers)
             core.scheduler.state.check_integrity()
         check_empty(core)
-    plain = config(directories["llama"], offload="never")
-    expected = run(local_core(plain, load_model(directories["llama"], dtype="float32")), kept)
-    for request in kept:
-        key = (request.request_id, 0)
-        assert answers.tokens[key] == expected.tokens[key]
-        assert [x.token_id for x in answers.logprobs[key]] == expected.tokens[key]
+    check_draws(directories["llama"], kept, answers)
 
 
 @pytest.mark.parametrize(

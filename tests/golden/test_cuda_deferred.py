@@ -4,8 +4,7 @@ rows leave and come back from within sweeps, and tokens are those of `transforme
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from gpu_service.engine.core import EngineCore
 from gpu_service.engine.messages import Abort, Submit
-from gpu_service.model.model import load_model
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.pipeline.cuda.runner import CudaRunner, QueuedSweep
 from gpu_service.scheduling.plan import IterationPlan, Mode
@@ -23,31 +20,18 @@ from kernels.gpu import host_exchange
 from tests.support.engine import (
     Answers,
     check_empty,
-    config,
     greedy,
-    local_core,
     run,
     step,
-    triton_core,
 )
-from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.models import FAMILIES, greedy_tokens, reference_model
 from tests.support.offload import cpu_service
+from tests.support.on_triton import check_draws, served_core
 from tests.support.stack import Service
 
 OUTPUT = 6
 LENGTHS = (1, 17, 30)
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with cpu_service(tmp_path_factory.mktemp("cpu")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: tiny_model_dir(root / name, name, head_dim=16) for name in FAMILIES}
+deferred = partial(served_core, offload_mode="deferred")
 
 
 def prompts() -> list[list[int]]:
@@ -56,29 +40,6 @@ def prompts() -> list[list[int]]:
 
 def requests(**sampling: Any) -> list[Submit]:
     return [greedy(f"r{i}", prompt, OUTPUT, **sampling) for i, prompt in enumerate(prompts())]
-
-
-@contextmanager
-def deferred(directory: Path, service: Service, **changes: Any) -> Iterator[EngineCore]:
-    made = config(
-        directory,
-        offload="auto",
-        cpu_services=(service.address,),
-        max_running_requests=8,
-        sweep_deadline_ms=30_000,
-        **{
-            "offload_mode": "deferred",
-            "force_migration_every": 3,
-            "max_batch_tokens": 24,
-            "host_kv_gib": 0.01,
-            **changes,
-        },
-    )
-    core = triton_core(made, load_model(directory, dtype="float32"))
-    try:
-        yield core
-    finally:
-        core.close()
 
 
 @pytest.mark.parametrize(
@@ -143,12 +104,7 @@ def test_aborts_and_draws_under_way(directories: dict[str, Path], service: Servi
             step(core, answers)
             core.scheduler.state.check_integrity()
         check_empty(core)
-    plain = config(directories["llama"], offload="never")
-    expected = run(local_core(plain, load_model(directories["llama"], dtype="float32")), kept)
-    for request in kept:
-        key = (request.request_id, 0)
-        assert answers.tokens[key] == expected.tokens[key]
-        assert [x.token_id for x in answers.logprobs[key]] == expected.tokens[key]
+    check_draws(directories["llama"], kept, answers)
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,6 @@ OPENING = [3 + 7 * i % 250 for i in range(36)]
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with cpu_service(tmp_path_factory.mktemp("cpu")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model_dir(tmp_path_factory.mktemp("model"), "llama", head_dim=16)
 

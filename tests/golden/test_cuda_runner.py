@@ -16,7 +16,7 @@ from gpu_service.engine.messages import Submit
 from gpu_service.model.model import load_model
 from tests.support import mixed_sampling as mixed
 from tests.support.engine import Answers, config, greedy, local_core, run, triton_core
-from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.models import FAMILIES, greedy_tokens, reference_model
 
 OUTPUT = 5
 LENGTHS = (1, 17, 30)
@@ -46,12 +46,6 @@ CASES = [
     for family in FAMILIES
     for how in HOW
 ]
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: tiny_model_dir(root / name, name, head_dim=16) for name in FAMILIES}
 
 
 def prompts() -> list[list[int]]:

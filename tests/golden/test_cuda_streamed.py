@@ -4,8 +4,7 @@ interpreter and with a real cpu_service: tokens are those of `transformers`."""
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +28,16 @@ from tests.support.engine import (
     local_core,
     run,
     step,
-    triton_core,
 )
-from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
+from tests.support.models import FAMILIES, greedy_tokens, reference_model
 from tests.support.mutants import mutated
 from tests.support.offload import cpu_service
+from tests.support.on_triton import served_core
 from tests.support.stack import Service
 
 OUTPUT = 5
 LENGTHS = (1, 30)
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with cpu_service(tmp_path_factory.mktemp("cpu")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: tiny_model_dir(root / name, name, head_dim=16) for name in FAMILIES}
+streaming = partial(served_core, offload_mode="deferred", streamed_kv_blocks=6)
 
 
 def requests(**sampling: Any) -> list[Submit]:
@@ -70,30 +58,6 @@ class Rows:
         self.streamed += sum(len(batch.streamed) for batch in plan.batches)
         self.host += sum(len(batch.host_decode) for batch in plan.batches)
         self.gpu += sum(len(batch.gpu_decode) for batch in plan.batches)
-
-
-@contextmanager
-def streaming(directory: Path, service: Service, **changes: Any) -> Iterator[EngineCore]:
-    values = {
-        "force_migration_every": 3,
-        "max_batch_tokens": 24,
-        "host_kv_gib": 0.01,
-        "streamed_kv_blocks": 6,
-    }
-    made = config(
-        directory,
-        offload="auto",
-        offload_mode="deferred",
-        cpu_services=(service.address,),
-        max_running_requests=8,
-        sweep_deadline_ms=30_000,
-        **{**values, **changes},
-    )
-    core = triton_core(made, load_model(directory, dtype="float32"))
-    try:
-        yield core
-    finally:
-        core.close()
 
 
 def check_tokens(directory: Path, asked: list[Submit], answers: Answers) -> None:

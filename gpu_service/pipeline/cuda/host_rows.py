@@ -34,6 +34,7 @@ from typing import Protocol
 
 import torch
 
+from gpu_service.kv.table import blocks_for
 from gpu_service.pipeline.cuda.branch import Branch
 from gpu_service.pipeline.cuda.inputs import SweepInputs
 from gpu_service.pipeline.cuda.rope import RopeStore
@@ -99,13 +100,13 @@ class _Departures:
         self.at = inputs.host_bases, inputs.host_counts
         self._rope = rope
         device = inputs.host_bases.device
-        blocks = -(-rows // 16)
+        blocks = blocks_for(rows, HOST_ROWS)
         self._layout = dataclasses.replace(
-            layout, layers=1, blocks=blocks, block_tokens=16, staging=0
+            layout, layers=1, blocks=blocks, block_tokens=HOST_ROWS, staging=0
         )
         self._kv = torch.empty(self._layout.shape[1:], dtype=dtype, device=device)
         """K and V of rows that leave."""
-        self._slots = torch.arange(16 * blocks, device=device)
+        self._slots = torch.arange(HOST_ROWS * blocks, device=device)
 
     def __call__(
         self,

@@ -145,16 +145,15 @@ class HostSide:
         if registered is None:
             return None
         size = self._cache.layout.block_tokens
-        tables = [decode_tables(rows, size) or no_tables() for rows in lanes]
-        try:
-            sweep = self._tier.publish([HostRows(t.lengths, t.block_tables) for t in tables])
-        except HostTierStalled:
+        tables = [decode_tables(lane, size) or no_tables() for lane in lanes]
+        rows = [HostRows(table.lengths, table.block_tables) for table in tables]
+        sweep = self._publish(registered, rows)
+        if sweep is None:
             return None
-        self._published = registered.session.epoch
         # No sweep with host rows is unfinished: the status is this one's alone.
         self._exchange.status.zero_()
         counts = np.zeros(self._cache.layout.layers + 2, np.int32)
-        counts[: len(lanes)] = [len(rows) for rows in lanes]
+        counts[: len(lanes)] = [len(lane) for lane in lanes]
         return HostSweep(
             self._inputs(registered, lanes, counts, sweep, None), registered.session.epoch, None
         )
@@ -171,19 +170,26 @@ class HostSide:
         if registered is None or elsewhere:
             return None
         cohorts = [starting, *self._waiting]
-        try:
-            # The cohort that waits for the last layer submits no more.
-            submitting = host_rows(cohorts[:-1], self._cache.layout.block_tokens)
-            sweep = self._tier.publish([submitting])
-        except HostTierStalled:
+        # The cohort that waits for the last layer submits no more.
+        submitting = host_rows(cohorts[:-1], self._cache.layout.block_tokens)
+        sweep = self._publish(registered, [submitting])
+        if sweep is None:
             return None
-        self._published = registered.session.epoch
         if not any(cohort.flights for cohort in self._waiting):
             self._exchange.status.zero_()
         self._waiting = cohorts[:-1]
         counts = np.array([*(len(cohort.flights) for cohort in cohorts), 0], np.int32)
         inputs = self._inputs(registered, [rows], counts, sweep, self._positions(cohorts[:-1]))
         return HostSweep(inputs, registered.session.epoch, cohorts[-1])
+
+    def _publish(self, registered: RegisteredSession, lanes: Sequence[HostRows]) -> int | None:
+        """Number of the sweep; None if the host is away."""
+        try:
+            sweep = self._tier.publish(lanes)
+        except HostTierStalled:
+            return None
+        self._published = registered.session.epoch
+        return sweep
 
     def _positions(self, leaving: Sequence[Cohort]) -> Ints:
         positions = np.zeros((len(leaving), self._exchange.rows), np.int32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,12 +50,19 @@ class Fleet:
         for service in self.services:
             await asyncio.to_thread(service.wait_serving)
         up = [router_pb2.BACKEND_STATE_UP] * len(self.gpus)
-        async with grpc.aio.insecure_channel(self.router.address) as channel, asyncio.timeout(60):
+        await self.until(lambda seen: [backend.state for backend in seen.backends] == up)
+
+    async def until(self, holds: Callable[[router_pb2.WatchBackendsResponse], bool]) -> None:
+        """Wait until this holds of what the router says of its backends."""
+        async with (
+            grpc.aio.insecure_channel(self.router.address) as channel,
+            asyncio.timeout(WAIT_SECONDS),
+        ):
             call = router_pb2_grpc.RouterServiceStub(channel).WatchBackends(
                 router_pb2.WatchBackendsRequest(interval_ms=20)
             )
             async for message in call:
-                if [backend.state for backend in message.backends] == up:
+                if holds(message):
                     return
 
 
@@ -217,7 +224,7 @@ async def test_a_draining_router_finishes_streams_and_refuses_the_rest(fleet: Fl
         call = stub.GenerateStream(LONG.request())
         http = asyncio.create_task(over_http(client, LONG))
         await call.read()
-        await asyncio.gather(*(until_running(gpu, 1) for gpu in fleet.gpus))
+        await fleet.until(lambda seen: sum(backend.in_flight for backend in seen.backends) == 2)
         fleet.router.signal(signal.SIGTERM)
         refused = await refusal(stub)
         assert refused == (grpc.StatusCode.UNAVAILABLE, "DRAINING")

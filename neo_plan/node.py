@@ -108,6 +108,7 @@ class Node:
             streamed_blocks=streams,
             host_prefill=not self._captures or streams > 0,
             staged_prompts=streams > 0,
+            copies_beside=self._captures,
             asymmetric=sizes.offload_mode == "asymmetric",
             inline=False,
             auto=sizes.offload_mode == "auto",

@@ -97,6 +97,7 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
         and state.usable(choice.tier)
         and not choice.is_ending
         and choice.flight is None
+        and choice.key not in state.leaving
     ]
     decoding = [choice for choice in ready if choice.is_decoding]
     host = [choice for choice in decoding if choice.tier is Tier.HOST]

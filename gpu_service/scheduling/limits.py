@@ -48,6 +48,8 @@ class SchedulerLimits:
     demoted once it decodes."""
     staged_prompts: bool = False
     """Prompts for the host tier go through the device's staging, and count in `streamed_blocks`."""
+    copies_beside: bool = False
+    """The device copies KV of choices that have no row in a sweep beside it."""
     prefix_caching: bool = False
     """KV of complete blocks stays to be found by whoever has the same tokens before it."""
     host_lossy: bool = False

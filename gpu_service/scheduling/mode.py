@@ -110,11 +110,12 @@ def _streamed(demand: Demand, limits: SchedulerLimits, most: float) -> list[floa
 
 
 def _steps(bound: float) -> Iterator[float]:
-    """Numbers of rows up to `bound`: whole ones while there are few, then by eighths."""
+    """Numbers of rows up to `bound`, by quarters of a row while there are few, then by eighths of
+    them: as averages of unequal sweeps they need not be whole."""
     rows = 1.0
     while rows < bound:
         yield rows
-        rows += max(1.0, rows // 8)
+        rows += max(0.25, rows / 8)
     yield bound
 
 
@@ -127,9 +128,11 @@ def _judge(
     tokens = candidate.host_rows * demand.host_context
     rows = demand.gpu_rows + candidate.streamed_rows + candidate.host_rows
     sweeps = limits.cohorts if candidate.way == DEFERRED else 1
-    time = _time(candidate, demand, predictor, rows)
+    moves = 0.0
     if candidate.offloads and not limits.host_prefill:
-        time += _moves_ms(candidate, demand, predictor, sweeps)
+        moves = _moves_ms(candidate, demand, predictor, sweeps)
+    before, beside = (0.0, moves) if limits.copies_beside else (moves, 0.0)
+    time = before + _time(candidate, demand, predictor, rows, beside)
     streamed = candidate.streamed_rows * demand.host_context
     return replace(
         candidate,
@@ -156,8 +159,11 @@ def _moves_ms(candidate: Decision, demand: Demand, predictor: Predictor, sweeps:
     return new / decoded * moves * (demand.context * rates.link_token_ms + rates.move_ms)
 
 
-def _time(candidate: Decision, demand: Demand, predictor: Predictor, rows: float) -> float:
-    """Of a sweep, on average over those with chunks and those without."""
+def _time(
+    candidate: Decision, demand: Demand, predictor: Predictor, rows: float, moves_ms: float
+) -> float:
+    """Of a sweep, on average over those with chunks and those without. `moves_ms`: of migrations
+    beside it."""
     decode = demand.gpu_rows + candidate.streamed_rows
     host = candidate.host_rows
     asymmetric = candidate.way == ASYMMETRIC
@@ -178,6 +184,6 @@ def _time(candidate: Decision, demand: Demand, predictor: Predictor, rows: float
     time = sum(share * phases.total for share, phases in parts)
     if candidate.way in (GPU_ONLY, DEFERRED):
         device = sum(share * phases.gpu for share, phases in parts)
-        other = max(max(phases.cpu, phases.link) for _, phases in parts)
+        other = max(max(phases.cpu, moves_ms + phases.link) for _, phases in parts)
         time = predictor.hidden_ms(device, other)
     return time + predictor.beside_ms(candidate.offloads)

@@ -63,7 +63,7 @@ class Flight(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """Copy one choice's KV to the other tier before the sweep starts.
+    """Copy one choice's KV to the other tier, before the sweep starts or beside it.
 
     Migrations run in the plan's order: blocks that one of them gives up may be the target of a
     later one.
@@ -80,6 +80,9 @@ class Migration:
     """As many blocks on `target`."""
     reuse: bool = False
     """What a choice that starts has found on the other tier, and stays there: no move of its."""
+    beside: bool = False
+    """The plan has no row of the choice and gives its blocks to nobody: all that has to wait for
+    the copy is the next sweep."""
 
 
 @dataclass(frozen=True, slots=True)

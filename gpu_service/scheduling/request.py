@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 from gpu_service.engine.messages import Submit
 from gpu_service.kv.keys import BlockKeys, Key
@@ -204,3 +205,15 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return all(choice.state is ChoiceState.FINISHED for choice in self.choices)
+
+
+@dataclass
+class PrefixTokens:
+    """Since the engine started; of choices as they started for the first time."""
+
+    queried: int = 0
+    """Prompt tokens that were looked up,"""
+    found: int = 0
+    """whose KV was there,"""
+    found_on_host: int = 0
+    """and on the host tier."""

@@ -95,8 +95,9 @@ def send_down(state: SchedulerState) -> list[Migration]:
     ]
     for choice in decoding:
         if choice.request.tiers[0] is Tier.HOST:
-            return [state.migrate(choice)]
-    return [state.migrate(decoding[0])] if decoding and _somebody_waits(state) else []
+            return [state.migrate(choice, beside=True)]
+    leaves = bool(decoding) and _somebody_waits(state)
+    return [state.migrate(decoding[0], beside=True)] if leaves else []
 
 
 def _somebody_waits(state: SchedulerState) -> bool:
@@ -114,7 +115,7 @@ def _somebody_waits(state: SchedulerState) -> bool:
 
 
 def promote(state: SchedulerState) -> list[Migration]:
-    """At most one promotion an iteration, so that its copy stays short beside the sweep."""
+    """At most one promotion an iteration, so that its copy stays short."""
     decision = state.decision
     leaves = decision is not None and decision.resident_tokens == 0
     stays_while_others_wait = not state.limits.host_prefill if decision is None else not leaves
@@ -134,7 +135,8 @@ def promote(state: SchedulerState) -> list[Migration]:
         )
         headroom = state.growth(Tier.GPU, PROMOTION_HORIZON_TOKENS)
         # Oldest first: a newer one must not overtake it for ever.
-        return [state.migrate(choice)] if state.fits(Tier.GPU, blocks + headroom) else []
+        fits = state.fits(Tier.GPU, blocks + headroom)
+        return [state.migrate(choice, beside=True)] if fits else []
     return []
 
 

@@ -213,6 +213,7 @@ class Scheduler:
     def launched(self, plan: IterationPlan) -> None:
         """The plan's sweep has begun: its rows count as computed from now on."""
         self._take_off(plan)
+        self.state.left()
         self.steering.launched(plan)
 
     def _take_off(self, plan: IterationPlan) -> None:

@@ -11,7 +11,6 @@ import itertools
 import math
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,24 +22,12 @@ from gpu_service.kv.table import BlockTable, blocks_for
 from gpu_service.scheduling.decision import Decision
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.plan import Flight, Migration, Tier
-from gpu_service.scheduling.request import Choice, ChoiceState, Request
+from gpu_service.scheduling.request import Choice, ChoiceState, PrefixTokens, Request
 from gpu_service.scheduling.waiting import WaitingQueue
 from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED
 
 if TYPE_CHECKING:
     from gpu_service.scheduling.reuse import Reuse
-
-
-@dataclass
-class PrefixTokens:
-    """Since the engine started; of choices as they started for the first time."""
-
-    queried: int = 0
-    """Prompt tokens that were looked up,"""
-    found: int = 0
-    """whose KV was there,"""
-    found_on_host: int = 0
-    """and on the host tier."""
 
 
 class SchedulerState:
@@ -67,6 +54,9 @@ class SchedulerState:
         choice, but the host may still append to them."""
         self.flight_tokens: dict[Flight, int] = {}
         """What they attend to."""
+        self.leaving: dict[int, tuple[Tier, list[int]]] = {}
+        """Choices that move beside the sweep that is being decided, and the blocks that they leave:
+        whose they are next is decided with the sweep after it, which waits for the copy."""
         self.decision: Decision | None = None
         """What was decided about modes; None where that is fixed."""
         self.launched = 0
@@ -251,11 +241,13 @@ class SchedulerState:
         choice.table.extend(self.pools[choice.tier].allocate(missing))
         return True
 
-    def migrate(self, choice: Choice) -> Migration:
+    def migrate(self, choice: Choice, *, beside: bool = False) -> Migration:
         """Give a running choice blocks on the other tier, for all its known tokens, and let go of
-        its own.
+        its own. `beside`: nobody needs either in this iteration, so that the copy may run beside
+        its sweep where the device can do that.
 
         The caller has checked that they fit. Blocks that other choices share stay with them."""
+        beside = beside and self.limits.copies_beside
         source = choice.tier
         assert source is not None
         assert choice.flight is None
@@ -268,15 +260,26 @@ class SchedulerState:
             tokens=choice.computed,
             source_blocks=choice.table.view()[:filled],
             target_blocks=table.view()[:filled],
+            beside=beside,
         )
         self.given_back_tokens[source] += choice.length
-        self.pools[source].free(choice.table.tolist())
+        if beside:
+            self.leaving[choice.key] = source, choice.table.tolist()
+        else:
+            self.pools[source].free(choice.table.tolist())
         choice.tier, choice.table = target, table
         choice.published, choice.moved = 0, self.launched + 1
         choice.lossy = choice.lossy or (target is Tier.HOST and self.limits.host_lossy)
         choice.request.migrations[target] += 1
         self.migrations[target] += 1
         return migration
+
+    def left(self) -> None:
+        """The sweep beside which choices move is on its way: the next one finds their blocks
+        free."""
+        for tier, blocks in self.leaving.values():
+            self.pools[tier].free(blocks)
+        self.leaving.clear()
 
     def preempt(self, choice: Choice) -> None:
         """RUNNING -> WAITING: its KV is thrown away and will be computed again."""
@@ -359,7 +362,8 @@ class SchedulerState:
         """Assert that nothing leaked and that nobody is in two places. O(all blocks): for tests and
         idle times."""
         for tier, pool in self.pools.items():
-            held = self.flights.values() if tier is Tier.HOST else ()
+            held = list(self.flights.values()) if tier is Tier.HOST else []
+            held += [blocks for left, blocks in self.leaving.values() if left is tier]
             tables = (c.table.tolist() for c in self.running if c.tier is tier)
             pool.check_integrity(itertools.chain(tables, held))
         assert {c.flight for c in self.running if c.flight} <= self.flights.keys()

@@ -34,8 +34,10 @@ class SweepWork:
     link_tokens: float = 0.0
     """KV tokens over the link beside the sweep: streamed rows, prompts for the host tier."""
     moved_tokens: float = 0.0
-    """KV tokens of migrations, before the sweep."""
+    """KV tokens of migrations."""
     moves: int = 0
+    moves_beside: bool = False
+    """None of them is waited for before the sweep."""
     streamed: bool = False
 
     @property
@@ -74,5 +76,6 @@ def work_of(plan: IterationPlan, under_way: float, cohorts: int) -> SweepWork | 
         link_tokens=sum(row.length for row in first.streamed) + sum(ends),
         moved_tokens=sum(m.tokens for m in plan.migrations),
         moves=len(plan.migrations),
+        moves_beside=all(m.beside for m in plan.migrations),
         streamed=bool(first.streamed),
     )

@@ -23,6 +23,9 @@ from kernels.gpu.tensors import FLOATS, check
 HOST_LAYOUT_VERSION = 2
 """kernels.cpu.LAYOUT_VERSION that this file means."""
 
+PROGRAMS = 32
+"""They walk over all that is moved, layer by layer, so that what computes beside them has the other
+multiprocessors: enough of them for the link's 55 GB/s."""
 _TILE_TOKENS = 16
 
 
@@ -131,6 +134,8 @@ def _pieces_kernel(
     host_blocks_ptr,  # int32 [moved]; -1: nothing is moved
     cache_blocks,
     host_blocks,
+    moved,
+    pieces,  # layers * moved * KV_HEADS
     KV_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
@@ -139,22 +144,22 @@ def _pieces_kernel(
     TO_HOST: tl.constexpr,
     QUANTISED: tl.constexpr,
 ):
-    index, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    block, host_block = tl.load(blocks_ptr + index), tl.load(host_blocks_ptr + index)
-    if host_block < 0:
-        return
     half: tl.constexpr = BLOCK * DIM
-    cache_ptr += ((layer * cache_blocks + block) * 2 * KV_HEADS + head) * half
     # Elements of a region: for int8 with two scales of 4 bytes a token.
     region: tl.constexpr = 2 * (half + 4 * BLOCK) if QUANTISED else 2 * half
-    place = ((layer * host_blocks + host_block) * KV_HEADS + head) * region
-    scales_ptr += (place + 2 * half) // 4
-    host_ptr += place
-    move(cache_ptr, host_ptr, scales_ptr, True, TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W)
-    move(
-        cache_ptr + KV_HEADS * half, host_ptr + half, scales_ptr + BLOCK, False,
-        TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W,
-    )  # fmt: skip
+    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
+        head, index = piece % KV_HEADS, piece // KV_HEADS % moved
+        layer = (piece // KV_HEADS // moved).to(tl.int64)
+        block, host_block = tl.load(blocks_ptr + index), tl.load(host_blocks_ptr + index)
+        if host_block >= 0:
+            cache = cache_ptr + ((layer * cache_blocks + block) * 2 * KV_HEADS + head) * half
+            place = ((layer * host_blocks + host_block) * KV_HEADS + head) * region
+            scales, host = scales_ptr + (place + 2 * half) // 4, host_ptr + place
+            move(cache, host, scales, True, TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+            move(
+                cache + KV_HEADS * half, host + half, scales + BLOCK, False,
+                TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W,
+            )  # fmt: skip
 
 
 class HostPieces:
@@ -213,7 +218,8 @@ class HostPieces:
         if not blocks.numel():
             return
         quantised = self.dtype == torch.int8
-        _pieces_kernel[(blocks.numel(), layout.kv_heads, layers)](
+        pieces = layers * blocks.numel() * layout.kv_heads
+        _pieces_kernel[(min(pieces, PROGRAMS),)](
             cache,
             blocks,
             host.view(self.dtype),
@@ -221,6 +227,8 @@ class HostPieces:
             host_blocks,
             cache.shape[1],
             host.shape[1],
+            blocks.numel(),
+            pieces,
             KV_HEADS=layout.kv_heads,
             BLOCK=layout.block_tokens,
             DIM=layout.head_dim,

@@ -10,7 +10,7 @@ asymmetric   launched as well, twice; the host attends for one sub-batch beside 
 deferred     captured, host rows beside the others:
              max(gpu_only + exchange, host attention of what is under way, link)
 streamed     rows of any of these: GPU attention over KV that comes over the link beside the sweep
-migrations   before the sweep, over the link
+migrations   over the link, before the sweep or, those that nobody in it needs, beside it
 """
 
 from __future__ import annotations
@@ -92,10 +92,12 @@ class Machine:
 
         `under_way`: tokens that each host row attends to which is between two layers in deferred
         mode; those that start with the plan are among them."""
-        moved = self._migrations_ms(plan)
+        moved, beside = self._migrations_ms(plan), 0.0
+        if self._device_deals and all(m.beside for m in plan.migrations):
+            moved, beside = 0.0, moved
         batch = plan.batches[0] if plan.batches else SubBatch()
         if plan.mode is Mode.DEFERRED or self._captures(plan):
-            return self._captured(plan, batch, moved, under_way)
+            return self._captured(plan, batch, moved, beside, under_way)
         if plan.mode is Mode.ASYMMETRIC:
             gpu, cpu, total = self._asymmetric(*plan.batches)
         elif not plan.batches:
@@ -113,8 +115,14 @@ class Machine:
         return not batch.host_decode and (self._device_deals or not (plan.migrations or on_host))
 
     def _captured(
-        self, plan: IterationPlan, batch: SubBatch, moved: float, under_way: Sequence[int]
+        self,
+        plan: IterationPlan,
+        batch: SubBatch,
+        moved: float,
+        link: float,
+        under_way: Sequence[int],
     ) -> SweepTime:
+        """`moved`: by migrations before the sweep. `link`: taken by those beside it."""
         gpu, cpu = moved + self._captured_ms(batch), 0.0
         if batch.streamed:
             gpu += 1e-3 * self.spec.layers * self.profile.link.streamed_layer_us.value
@@ -123,7 +131,7 @@ class Machine:
             gpu += self._dense_ms(batch.tokens + len(under_way) / (self.spec.layers + 1))
             gpu -= self._dense_ms(batch.tokens)
             cpu = self._host_attention_ms(sum(under_way)) / (self.spec.layers + 1)
-        beside = moved + self._streamed_ms(batch) + self._host_prompts_ms(batch)
+        beside = moved + link + self._streamed_ms(batch) + self._host_prompts_ms(batch)
         mode = GPU_ONLY if plan.mode is Mode.INLINE else plan.mode.value
         queued = self._device_deals or plan.mode is Mode.INLINE
         return SweepTime(mode, max(gpu, cpu, beside), gpu, cpu, queued)

@@ -21,6 +21,7 @@ from gpu_service.offload.session_tier import TORCH_DTYPES
 from gpu_service.offload.shm_tier import ShmHostTier
 from gpu_service.pipeline.batch import decode_tables
 from gpu_service.pipeline.cohorts import Cohort, host_rows, no_tables
+from gpu_service.pipeline.cuda.branch import Branch
 from gpu_service.pipeline.cuda.forward import DeviceCache
 from gpu_service.pipeline.cuda.inputs import HostInputs, Longs
 from gpu_service.pipeline.cuda.registered import RegisteredSession
@@ -68,6 +69,7 @@ class HostSide:
         assert self._pieces.piece_bytes == layout.piece_bytes
         assert StepOffsets(*tier.step_shape.offsets()) == exchange.offsets
         self._registered: RegisteredSession | None = None
+        self._copies = Branch(cache.memory.device, first=True)
         self._nobody = Cohort((), no_tables())
         self._waiting = [self._nobody] * cache.layout.layers
         """Cohorts by the layer whose attention they wait for."""
@@ -92,8 +94,10 @@ class HostSide:
     # -- KV ----------------------------------------------------------------------------------
 
     def migrate(self, migrations: Sequence[Migration]) -> frozenset[int]:
-        """Queue the copies, in their order. Returns the choices whose KV is on neither tier, since
+        """Queue the copies, in their order: on a branch if nobody waits for any of them before the
+        next call, by which they have ended. Returns the choices whose KV is on neither tier, since
         the host has gone."""
+        self._copies.join()
         lost = set()
         for migration in migrations:
             registered = self._session()
@@ -102,7 +106,8 @@ class HostSide:
                 continue
             blocks = migration.source_blocks, migration.target_blocks
             on_device, on_host = blocks if migration.target is Tier.HOST else blocks[::-1]
-            self._move(registered, migration.target, on_device, on_host)
+            with self._copies.forked(all(m.beside for m in migrations)):
+                self._move(registered, migration.target, on_device, on_host)
         return frozenset(lost)
 
     def _move(self, registered: RegisteredSession, target: Tier, blocks: Ids, host: Ids) -> None:

@@ -5,7 +5,9 @@
     main                | layer 0 .......| layer 1 ................| layer 2 ...
 
 A layer's gather ends before its K and V are stored, and the one after the next begins when its
-attention has read. One gather at a time: two would share the link, and the first be late.
+attention has read. One gather at a time: two would share the link, and the first be late. Their few
+programs are placed before others': behind those of a large chunk's dense layers each gather would
+start a layer late, and the next wait for it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class StreamedLayers:
         self._staging = stream.layout.staged(memory)
         self._layers = layers
         self._inputs = inputs
-        self._branches = [Branch(memory.device) for _ in range(2)]
+        self._branches = [Branch(memory.device, first=True) for _ in range(2)]
 
     def begin(self) -> None:
         """The sweep's inputs are there."""

@@ -165,7 +165,7 @@ def test_wrong_arguments_are_sentences() -> None:
 MUTANTS = {
     "keys not turned": ("tl.permute(tiles, (0, 2, 1, 3))", "tiles", "bf16"),
     "values not turned": ("tl.permute(tiles, (0, 2, 1))", "tiles", "bf16-int8"),
-    "scales exchanged": ("scales_ptr + BLOCK, False", "scales_ptr, False", "bf16-int8"),
+    "scales exchanged": ("scales + BLOCK, False", "scales, False", "bf16-int8"),
     "scale of 128": ("tl.div_rn(largest, 127.0)", "tl.div_rn(largest, 128.0)", "bf16-int8"),
     "rounded down": ("(scaled + 12582912.0) - 12582912.0", "scaled", "bf16-int8"),
     "bf16 cut off": ("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", "bf16-int8"),
@@ -174,7 +174,8 @@ MUTANTS = {
         "KV_HEADS + KV_HEADS - 1 - head) * region",
         "bf16",
     ),
-    "K and V exchanged": ("cache_ptr + KV_HEADS * half,", "cache_ptr,", "bf16"),
+    "K and V exchanged": ("cache + KV_HEADS * half,", "cache,", "bf16"),
+    "one turn alone": ("pieces, tl.num_programs(0)", "pieces, pieces", "bf16"),
     "one layer for all": ("layer * host_blocks", "0 * host_blocks", "bf16"),
     "w of another type": ("torch.bfloat16: 2", "torch.bfloat16: 4", "bf16"),
 }

@@ -23,10 +23,21 @@ from kernels.gpu.tensors import FLOATS, check
 HOST_LAYOUT_VERSION = 2
 """kernels.cpu.LAYOUT_VERSION that this file means."""
 
-PROGRAMS = 32
-"""They walk over all that is moved, layer by layer, so that what computes beside them has the other
-multiprocessors: enough of them for the link's 55 GB/s."""
+PROGRAMS = 4
+"""They walk over all that is moved, layer by layer. Beside a sweep each takes a multiprocessor away
+from dense layers, whose programs fill the registers of one: so there are few, and each has much
+under way."""
+WARPS = 8
+_TURN_BYTES = 1 << 15
+"""Of the host pool, about, that a program moves in one turn."""
 _TILE_TOKENS = 16
+
+
+def turn_heads(layout: GpuKvLayout, dtype: torch.dtype) -> int:
+    """How many of a block's heads a program moves in one turn; all turns have as many."""
+    head_bytes = layout.piece_elements // layout.kv_heads * dtype.itemsize
+    most = max(1, _TURN_BYTES // head_bytes)
+    return max(n for n in range(1, layout.kv_heads + 1) if layout.kv_heads % n == 0 and n <= most)
 
 
 @triton.jit
@@ -135,7 +146,7 @@ def _pieces_kernel(
     cache_blocks,
     host_blocks,
     moved,
-    pieces,  # layers * moved * KV_HEADS
+    turns,  # layers * moved * KV_HEADS / HEADS
     KV_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     DIM: tl.constexpr,
@@ -143,23 +154,27 @@ def _pieces_kernel(
     W: tl.constexpr,
     TO_HOST: tl.constexpr,
     QUANTISED: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
+    groups: tl.constexpr = KV_HEADS // HEADS
     half: tl.constexpr = BLOCK * DIM
     # Elements of a region: for int8 with two scales of 4 bytes a token.
     region: tl.constexpr = 2 * (half + 4 * BLOCK) if QUANTISED else 2 * half
-    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
-        head, index = piece % KV_HEADS, piece // KV_HEADS % moved
-        layer = (piece // KV_HEADS // moved).to(tl.int64)
+    for turn in range(tl.program_id(0), turns, tl.num_programs(0)):
+        first, index = turn % groups * HEADS, turn // groups % moved
+        layer = (turn // groups // moved).to(tl.int64)
         block, host_block = tl.load(blocks_ptr + index), tl.load(host_blocks_ptr + index)
         if host_block >= 0:
-            cache = cache_ptr + ((layer * cache_blocks + block) * 2 * KV_HEADS + head) * half
-            place = ((layer * host_blocks + host_block) * KV_HEADS + head) * region
-            scales, host = scales_ptr + (place + 2 * half) // 4, host_ptr + place
-            move(cache, host, scales, True, TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W)
-            move(
-                cache + KV_HEADS * half, host + half, scales + BLOCK, False,
-                TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W,
-            )  # fmt: skip
+            for head in tl.static_range(HEADS):
+                at = (layer * cache_blocks + block) * 2 * KV_HEADS + first + head
+                cache = cache_ptr + at * half
+                place = ((layer * host_blocks + host_block) * KV_HEADS + first + head) * region
+                scales, host = scales_ptr + (place + 2 * half) // 4, host_ptr + place
+                move(cache, host, scales, True, TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+                move(
+                    cache + KV_HEADS * half, host + half, scales + BLOCK, False,
+                    TO_HOST, QUANTISED, BLOCK, DIM, DIM_PAD, W,
+                )  # fmt: skip
 
 
 class HostPieces:
@@ -218,8 +233,9 @@ class HostPieces:
         if not blocks.numel():
             return
         quantised = self.dtype == torch.int8
-        pieces = layers * blocks.numel() * layout.kv_heads
-        _pieces_kernel[(min(pieces, PROGRAMS),)](
+        heads = turn_heads(layout, self.dtype)
+        turns = layers * blocks.numel() * layout.kv_heads // heads
+        _pieces_kernel[(min(turns, PROGRAMS),)](
             cache,
             blocks,
             host.view(self.dtype),
@@ -228,7 +244,7 @@ class HostPieces:
             cache.shape[1],
             host.shape[1],
             blocks.numel(),
-            pieces,
+            turns,
             KV_HEADS=layout.kv_heads,
             BLOCK=layout.block_tokens,
             DIM=layout.head_dim,
@@ -236,7 +252,8 @@ class HostPieces:
             W={torch.bfloat16: 2, torch.int8: 4}.get(self.dtype, 1),
             TO_HOST=to_host,
             QUANTISED=quantised,
-            num_warps=4,
+            HEADS=heads,
+            num_warps=WARPS,
             # A fused multiply-add would round halves another way than the CPU.
             enable_fp_fusion=False,
         )

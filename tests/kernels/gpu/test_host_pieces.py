@@ -170,12 +170,13 @@ MUTANTS = {
     "rounded down": ("(scaled + 12582912.0) - 12582912.0", "scaled", "bf16-int8"),
     "bf16 cut off": ("bits + 0x7FFF + ((bits >> 16) & 1)", "bits", "bf16-int8"),
     "heads reversed": (
-        "KV_HEADS + head) * region",
-        "KV_HEADS + KV_HEADS - 1 - head) * region",
+        "KV_HEADS + first + head) * region",
+        "KV_HEADS + KV_HEADS - 1 - first - head) * region",
         "bf16",
     ),
     "K and V exchanged": ("cache + KV_HEADS * half,", "cache,", "bf16"),
-    "one turn alone": ("pieces, tl.num_programs(0)", "pieces, pieces", "bf16"),
+    "one turn alone": ("turns, tl.num_programs(0)", "turns, turns", "bf16"),
+    "one head alone": ("tl.static_range(HEADS)", "tl.static_range(1)", "bf16"),
     "one layer for all": ("layer * host_blocks", "0 * host_blocks", "bf16"),
     "w of another type": ("torch.bfloat16: 2", "torch.bfloat16: 4", "bf16"),
 }

@@ -13,6 +13,8 @@ reads. The floor is bytes, usually PCIe's.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -23,21 +25,28 @@ from kernels.gpu.tensors import FLOATS, check
 HOST_LAYOUT_VERSION = 2
 """kernels.cpu.LAYOUT_VERSION that this file means."""
 
-PROGRAMS = 4
-"""They walk over all that is moved, layer by layer. Beside a sweep each takes a multiprocessor away
-from dense layers, whose programs fill the registers of one: so there are few, and each has much
-under way."""
-WARPS = 8
-_TURN_BYTES = 1 << 15
-"""Of the host pool, about, that a program moves in one turn."""
 _TILE_TOKENS = 16
 
 
-def turn_heads(layout: GpuKvLayout, dtype: torch.dtype) -> int:
-    """How many of a block's heads a program moves in one turn; all turns have as many."""
-    head_bytes = layout.piece_elements // layout.kv_heads * dtype.itemsize
-    most = max(1, _TURN_BYTES // head_bytes)
-    return max(n for n in range(1, layout.kv_heads + 1) if layout.kv_heads % n == 0 and n <= most)
+@dataclass(frozen=True)
+class Programs:
+    """They walk over all that is moved, layer by layer. Beside a sweep each takes a multiprocessor
+    away from dense layers, whose programs fill the registers of one: so there are few, and each has
+    much under way. Quantising takes more of them."""
+
+    count: int
+    warps: int
+    heads: int
+    """Of one block, that a program moves in one turn; all turns have as many."""
+
+
+def programs_of(layout: GpuKvLayout, dtype: torch.dtype) -> Programs:
+    """For a host pool of that type."""
+    if dtype == torch.int8:
+        return Programs(16, 4, 1)
+    most = max(1, (1 << 15) * layout.kv_heads // (layout.piece_elements * dtype.itemsize))
+    heads = (n for n in range(1, layout.kv_heads + 1) if layout.kv_heads % n == 0 and n <= most)
+    return Programs(4, 8, max(heads))
 
 
 @triton.jit
@@ -185,6 +194,7 @@ class HostPieces:
             raise ValueError(f"the host pool's type must be a float or int8, not {dtype}")
         self.layout = layout
         self.dtype = dtype
+        self._programs = programs_of(layout, dtype)
         scales = 8 * layout.block_tokens * layout.kv_heads if dtype == torch.int8 else 0
         self.piece_bytes = layout.piece_elements * dtype.itemsize + scales
         """One block of one layer, as `kernels.cpu.KvLayout.piece_bytes`."""
@@ -233,9 +243,8 @@ class HostPieces:
         if not blocks.numel():
             return
         quantised = self.dtype == torch.int8
-        heads = turn_heads(layout, self.dtype)
-        turns = layers * blocks.numel() * layout.kv_heads // heads
-        _pieces_kernel[(min(turns, PROGRAMS),)](
+        turns = layers * blocks.numel() * layout.kv_heads // self._programs.heads
+        _pieces_kernel[(min(turns, self._programs.count),)](
             cache,
             blocks,
             host.view(self.dtype),
@@ -252,8 +261,8 @@ class HostPieces:
             W={torch.bfloat16: 2, torch.int8: 4}.get(self.dtype, 1),
             TO_HOST=to_host,
             QUANTISED=quantised,
-            HEADS=heads,
-            num_warps=WARPS,
+            HEADS=self._programs.heads,
+            num_warps=self._programs.warps,
             # A fused multiply-add would round halves another way than the CPU.
             enable_fp_fusion=False,
         )

@@ -5,8 +5,8 @@ the device computes other layers.
     put      staging -> host pool   K and V of the tokens that this sweep computes
 
 Both take what to move from device memory, the pool's address included: a CUDA graph outlives an
-epoch, and without anything to move they end at once. A few programs each walk over all that is
-moved (`kernels.gpu.host_pieces.PROGRAMS`); the floor is the link's bytes.
+epoch, and without anything to move they end at once. A few programs each walk over many pieces, so
+that multiprocessors stay free for the sweep; the floor is the link's bytes.
 """
 
 from __future__ import annotations
@@ -15,22 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.host_pieces import (
-    PROGRAMS,
-    WARPS,
-    host_order,
-    move,
-    quantise,
-    to_host_order,
-    turn_heads,
-)
+from kernels.gpu.host_pieces import host_order, move, quantise, to_host_order
 from kernels.gpu.kv_cache import GpuKvLayout
 from kernels.gpu.tensors import FLOATS, check
 
+PROGRAMS = 16
 _STAGES = 4
 """The compiler then issues a program's loads three turns ahead (`cp.async` of 16 bytes, seen in its
-PTX): each is 32 KiB, so that four programs have 384 KiB under way. At 55 GB/s and 2 us a round trip
-the link holds 110."""
+PTX): of bf16 each turn is 8 KiB, so that 16 programs have 384 KiB under way, of int8 half of that.
+At 55 GB/s and 2 us a round trip the link holds 110."""
 
 
 @triton.jit
@@ -48,28 +41,26 @@ def _gather_kernel(
     pool_ptr,  # int64 [2]
     layer, most,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    W: tl.constexpr, QUANTISED: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
+    W: tl.constexpr, QUANTISED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    groups: tl.constexpr = KV_HEADS // HEADS
     half: tl.constexpr = BLOCK * DIM
     dtype: tl.constexpr = tl.int8 if QUANTISED else staging_ptr.dtype.element_ty
     size: tl.constexpr = dtype.primitive_bitwidth // 8
     region: tl.constexpr = 2 * half * size + (8 * BLOCK if QUANTISED else 0)
-    turns = tl.load(counts_ptr) * groups
-    for turn in tl.range(tl.program_id(0), turns, tl.num_programs(0), num_stages=STAGES):
-        entry, first = turn // groups, turn % groups * HEADS
+    pieces = tl.load(counts_ptr) * KV_HEADS
+    for piece in tl.range(tl.program_id(0), pieces, tl.num_programs(0), num_stages=STAGES):
+        entry, head = piece // KV_HEADS, piece % KV_HEADS
         block, staged = tl.load(moves_ptr + entry), tl.load(moves_ptr + most + entry)
-        for head in tl.static_range(HEADS):
-            address = _region(pool_ptr, layer, block, first + head, KV_HEADS, region)
-            # Without the hint the compiler knows of no alignment, and loads element by element.
-            host = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
-            scales = tl.multiple_of((address + 2 * half * size).to(tl.pointer_type(tl.float32)), 16)
-            target = staging_ptr + (staged.to(tl.int64) * 2 * KV_HEADS + first + head) * half
-            move(target, host, scales, True, False, QUANTISED, BLOCK, DIM, DIM_PAD, W)
-            move(
-                target + KV_HEADS * half, host + half, scales + BLOCK, False,
-                False, QUANTISED, BLOCK, DIM, DIM_PAD, W,
-            )  # fmt: skip
+        address = _region(pool_ptr, layer, block, head, KV_HEADS, region)
+        # Without the hint the compiler knows of no alignment, and loads element by element.
+        host = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+        scales = tl.multiple_of((address + 2 * half * size).to(tl.pointer_type(tl.float32)), 16)
+        target = staging_ptr + (staged.to(tl.int64) * 2 * KV_HEADS + head) * half
+        move(target, host, scales, True, False, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+        move(
+            target + KV_HEADS * half, host + half, scales + BLOCK, False,
+            False, QUANTISED, BLOCK, DIM, DIM_PAD, W,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -110,37 +101,35 @@ def _put_kernel(
     pool_ptr,  # int64 [2]
     layer, most,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    W: tl.constexpr, QUANTISED: tl.constexpr, HEADS: tl.constexpr,
+    W: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    groups: tl.constexpr = KV_HEADS // HEADS
     half: tl.constexpr = BLOCK * DIM
     dtype: tl.constexpr = tl.int8 if QUANTISED else staging_ptr.dtype.element_ty
     size: tl.constexpr = dtype.primitive_bitwidth // 8
     region: tl.constexpr = 2 * half * size + (8 * BLOCK if QUANTISED else 0)
-    turns = tl.load(counts_ptr + 1) * groups
-    for turn in range(tl.program_id(0), turns, tl.num_programs(0)):
-        entry, lead = turn // groups, turn % groups * HEADS
+    pieces = tl.load(counts_ptr + 1) * KV_HEADS
+    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
+        entry, head = piece // KV_HEADS, piece % KV_HEADS
         staged, block = tl.load(moves_ptr + entry), tl.load(moves_ptr + most + entry)
         first, end = (
             tl.load(moves_ptr + 2 * most + entry),
             tl.load(moves_ptr + 3 * most + entry),
         )
-        for head in tl.static_range(HEADS):
-            address = _region(pool_ptr, layer, block, lead + head, KV_HEADS, region)
-            host = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
-            scales = tl.multiple_of((address + 2 * half * size).to(tl.pointer_type(tl.float32)), 16)
-            source = staging_ptr + (staged.to(tl.int64) * 2 * KV_HEADS + lead + head) * half
-            values, target = source + KV_HEADS * half, host + half
-            if (first == 0) & (end == BLOCK):
-                # Whole blocks, of prompts, leave 16 bytes at a time; tokens are scattered in them.
-                move(source, host, scales, True, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
-                move(values, target, scales + BLOCK, False, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
-            else:
-                _put(source, host, scales, first, end, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
-                _put(
-                    values, target, scales + BLOCK, first, end, False,
-                    QUANTISED, BLOCK, DIM, DIM_PAD, W,
-                )  # fmt: skip
+        address = _region(pool_ptr, layer, block, head, KV_HEADS, region)
+        host = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+        scales = tl.multiple_of((address + 2 * half * size).to(tl.pointer_type(tl.float32)), 16)
+        source = staging_ptr + (staged.to(tl.int64) * 2 * KV_HEADS + head) * half
+        values, target = source + KV_HEADS * half, host + half
+        if (first == 0) & (end == BLOCK):
+            # Whole blocks, of prompts, leave 16 bytes at a time; tokens are scattered in them.
+            move(source, host, scales, True, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+            move(values, target, scales + BLOCK, False, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+        else:
+            _put(source, host, scales, first, end, True, QUANTISED, BLOCK, DIM, DIM_PAD, W)
+            _put(
+                values, target, scales + BLOCK, first, end, False,
+                QUANTISED, BLOCK, DIM, DIM_PAD, W,
+            )  # fmt: skip
 
 
 class HostStream:
@@ -158,7 +147,6 @@ class HostStream:
             "DIM_PAD": triton.next_power_of_2(layout.head_dim),
             "W": {torch.bfloat16: 2, torch.int8: 4}.get(dtype, 1),
             "QUANTISED": dtype == torch.int8,
-            "HEADS": turn_heads(layout, dtype),
         }
 
     def gather(
@@ -177,7 +165,7 @@ class HostStream:
         self._check(staging, moves, counts, pool, 2)
         _gather_kernel[(PROGRAMS,)](
             staging, moves, counts, pool, layer, moves.shape[1], **self._constants,
-            STAGES=_STAGES, num_warps=WARPS, enable_fp_fusion=False,
+            STAGES=_STAGES, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
     def put(
@@ -194,7 +182,7 @@ class HostStream:
         self._check(staging, moves, counts, pool, 4)
         _put_kernel[(PROGRAMS,)](
             staging, moves, counts, pool, layer, moves.shape[1], **self._constants,
-            num_warps=WARPS, enable_fp_fusion=False,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
     def _check(

@@ -167,7 +167,7 @@ def test_wrong_arguments_are_sentences() -> None:
 MUTANTS = {
     "another layer": ("layer.to(tl.int64) * tl.load(pool_ptr + 1)", "0", "bf16"),
     "one head for all": ("* KV_HEADS + head) * REGION", "* KV_HEADS) * REGION", "bf16"),
-    "one program's share": ("tl.program_id(0), turns, tl.num", "0, 2, tl.num", "bf16"),
+    "one program's share": ("tl.program_id(0), pieces, tl.num", "0, 2, tl.num", "bf16"),
     "scales of K for V": ("scales + BLOCK", "scales", "bf16-int8"),
     "no scales in between": ("(8 * BLOCK if QUANTISED else 0)", "0", "bf16-int8"),
     "one token too many": ("(token < end)", "(token <= end)", "bf16-int8"),

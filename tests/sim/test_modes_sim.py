@@ -19,10 +19,13 @@ from gpu_service.scheduling.scheduler import Scheduler
 from tests.support.fake_model import Machine, expected_output, limits, submit
 
 WAYS = {
-    "deferred": {"cohorts": 3, "cohort_rows": 4, "inline": False, "host_prefill": False},
+    "deferred": {
+        "cohorts": 3, "cohort_rows": 4, "inline": False, "host_prefill": False,
+        "copies_beside": True,
+    },
     "staged": {
         "cohorts": 3, "cohort_rows": 4, "inline": False,
-        "streamed_blocks": 20, "staged_prompts": True,
+        "streamed_blocks": 20, "staged_prompts": True, "copies_beside": True,
     },
     "inline": {},
     "asymmetric": {"asymmetric": True},

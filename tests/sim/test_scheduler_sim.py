@@ -315,6 +315,7 @@ def test_prompts_on_the_gpu_alone(seed: int, offload: str, look_ahead: bool, abo
         host_blocks=60,
         gpu_blocks=20,
         force_migration_every=draw.choice((0, 1, 3)),
+        copies_beside=draw.choice((False, True)),
     )
     costs = SweepCosts({1: 1.0, 32: 2.0}, {8: 2.0, 32: 4.0}, 0.001)
     machine = Machine(Scheduler(bounds, costs), look_ahead=look_ahead)

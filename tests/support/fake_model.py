@@ -230,11 +230,10 @@ class Machine:
 
     def _run(self, plan: IterationPlan) -> SweepResult:
         size = self.scheduler.limits.block_tokens
-        for move in plan.migrations:
-            source = move.target.other
-            for old, new in zip(move.source_blocks, move.target_blocks, strict=True):
-                kept = self._books.stored.get((source, int(old)), {})
-                self._books.stored[move.target, int(new)] = dict(kept)
+        # Copies beside the sweep may take until its end.
+        beside = all(move.beside for move in plan.migrations)
+        if not beside:
+            self._copy(plan)
         tokens: dict[int, SampledToken] = {}
         logprobs: dict[int, list[TokenLogprob]] = {}
         landed, void = self._fly(plan, tokens)
@@ -258,7 +257,16 @@ class Machine:
                 assert row.token_id == known
                 self._store(row.key, tier, row.blocks, start, row.length, size)
                 tokens[row.key] = self._next(row.key, row.length)
+        if beside:
+            self._copy(plan)
         return SweepResult(tokens=tokens, prompt_logprobs=logprobs, landed=landed, void=void)
+
+    def _copy(self, plan: IterationPlan) -> None:
+        for move in plan.migrations:
+            source = move.target.other
+            for old, new in zip(move.source_blocks, move.target_blocks, strict=True):
+                kept = self._books.stored.get((source, int(old)), {})
+                self._books.stored[move.target, int(new)] = dict(kept)
 
     def _fly(
         self, plan: IterationPlan, tokens: dict[int, SampledToken]

@@ -42,6 +42,8 @@ class Case:
     context: int
     rows: int = 0
     """0: as many as fill the memory asked for."""
+    batch: int = 0
+    """Rows of one call, as of one layer of a small batch; the calls follow each other. 0: all."""
 
 
 @dataclass
@@ -84,6 +86,8 @@ def cases() -> list[Case]:
         heads("SmolLM2", 9, 3, 64, bf16, 1000),
         *(heads("Llama-3-70B", 64, 8, 128, dtype, 1000) for dtype in (bf16, int8)),
         Case("one of 128k bf16", 32, 8, 128, bf16, 131072, rows=1),
+        *(Case(f"{batch} a call bf16", 32, 8, 128, bf16, 1100, batch=batch) for batch in (1, 5)),
+        Case("MHA, 3 a call bf16", 32, 32, 128, bf16, 400, batch=3),
     ]
 
 
@@ -94,7 +98,9 @@ class Setup:
         self.case = case
         self.layout = KvLayout(1, case.kv_heads, case.head_dim, BLOCK_TOKENS, case.dtype)
         per_row = -(-case.context // BLOCK_TOKENS)
-        self.rows = case.rows or max(size_bytes // (per_row * self.layout.piece_bytes), 1)
+        step = case.batch or 1
+        fit = size_bytes // (per_row * self.layout.piece_bytes)
+        self.rows = case.rows or max(fit // step, 1) * step
         blocks = self.rows * per_row
         self.bytes = self.layout.pool_bytes(blocks)
         self.memory = mmap.mmap(-1, self.bytes)
@@ -122,10 +128,13 @@ class Setup:
             pieces[first : first + sample] = pieces[: min(sample, blocks - first)]
 
     def attend(self, threads: ThreadPool) -> None:
-        cpu.decode_attention(
-            threads, self.pool, 0, self.q, None, None, self.tables, self.lengths, self.out,
-            scale=self.scale,
-        )  # fmt: skip
+        step = self.case.batch or self.rows
+        for first in range(0, self.rows, step):
+            rows = slice(first, first + step)
+            cpu.decode_attention(
+                threads, self.pool, 0, self.q[rows], None, None, self.tables[rows],
+                self.lengths[rows], self.out[rows], scale=self.scale,
+            )  # fmt: skip
 
     def sdpa(self) -> Callable[[], torch.Tensor]:
         case = self.case

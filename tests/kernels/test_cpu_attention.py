@@ -91,6 +91,22 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch() -> None:
             assert torch.equal(alone, out[one])
 
 
+def test_a_row_does_not_depend_on_how_it_is_cut(isa: str) -> None:
+    """Whole in a large batch of one thread; part by part alone with eight, in any order."""
+    sequences = Sequences(Case((1100,) * 10 + (2300, 700), 4, 2, 64, kv=BF16, activation=BF16))
+    with ThreadPool(1) as one, ThreadPool(8, spin_us=0) as eight:
+        out, _ = sequences.attend(one)
+        for row in (0, 10, 11):
+            own = slice(row, row + 1)
+            alone = torch.empty_like(sequences.q[own])
+            for _ in range(3):
+                cpu.decode_attention(
+                    eight, sequences.pool, 1, sequences.q[own], None, None,
+                    sequences.tables[own], sequences.lengths[own], alone, scale=64**-0.5,
+                )  # fmt: skip
+                assert torch.equal(alone, out[own])
+
+
 def test_appending_twice_changes_nothing() -> None:
     sequences = Sequences(Case((17, 64), kv=INT8, activation=BF16))
     with ThreadPool(1) as threads:

@@ -20,11 +20,11 @@ std::size_t round_up(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Scratch memory of one call, and where its parts begin.
 struct Parts {
-  Parts(const KvLayout& layout, const AttentionParams& params, const AttentionBatch& batch) {
-    const int32_t chunks = count_chunks(batch.lengths, batch.rows, params.window);
-    arrivals = round_up(sizeof(ChunkPlan) * static_cast<std::size_t>(chunks));
-    stats = arrivals + round_up(sizeof(int32_t) * static_cast<std::size_t>(chunks) * layout.kv_heads);
-    const std::size_t heads = static_cast<std::size_t>(chunks) * params.query_heads;
+  Parts(const KvLayout& layout, const AttentionParams& params, const AttentionBatch& batch, int32_t threads) {
+    const PlanSize size = plan_size(layout, batch.lengths, batch.rows, params.window, threads);
+    arrivals = round_up(sizeof(ChunkPlan) * static_cast<std::size_t>(size.chunks));
+    stats = arrivals + round_up(sizeof(int32_t) * static_cast<std::size_t>(size.partials) * layout.kv_heads);
+    const std::size_t heads = static_cast<std::size_t>(size.partials) * params.query_heads;
     accs = stats + round_up(2 * sizeof(float) * heads);
     bytes = accs + round_up(heads * layout.head_dim * sizeof(float));
   }
@@ -62,7 +62,7 @@ class Calls {
     std::vector<Parts> parts;
     std::size_t bytes = 0;
     for (const AttentionJob& job : jobs) {
-      parts.emplace_back(pool.layout(), job.params, job.batch);
+      parts.emplace_back(pool.layout(), job.params, job.batch, threads.size());
       bytes += parts.back().bytes;
     }
     std::byte* scratch = threads.scratch(bytes);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 
 namespace neo {
 namespace {
@@ -113,12 +112,15 @@ void start(const Call& call, HeadState& state, std::size_t first_head) {
       }
     }
   });
-  std::fill_n(state.acc, count, 0.0F);
-  std::fill_n(state.top, state.group, kNoScore);
-  std::fill_n(state.sum[0], state.group * 16, 0.0F);
   if (call.kernel.prepare != nullptr) {
     call.kernel.prepare(state);
   }
+}
+
+void start_part(HeadState& state) {
+  std::fill_n(state.acc, state.group * state.dim, 0.0F);
+  std::fill_n(state.top, state.group, kNoScore);
+  std::fill_n(state.sum[0], state.group * 16, 0.0F);
 }
 
 // One query head's result to `out` and `lse`.
@@ -142,46 +144,94 @@ void finish(const Call& call, std::size_t query_head, const float* acc, float to
   }
 }
 
-// All chunks' partial results of one query head, always in chunk order.
+// The softmax of some tokens of one query head: of a part, or of all parts folded so far.
+struct Softmax {
+  float top;
+  float sum;
+  float* acc;  // [dim]
+
+  // The only place where parts of a row meet: always in order, whoever does it.
+  void fold(const StripKernel& kernel, const Softmax& other, int32_t dim) {
+    const float highest = std::max(top, other.top);
+    const float weight = top == highest ? 1.0F : std::exp(top - highest);
+    const float its_weight = other.top == highest ? 1.0F : std::exp(other.top - highest);
+    top = highest;
+    sum = weight * sum + its_weight * other.sum;
+    if (kernel.fold != nullptr) {
+      kernel.fold(acc, weight, other.acc, its_weight, dim);
+      return;
+    }
+    for (int32_t d = 0; d < dim; ++d) {
+      acc[d] = weight * acc[d] + its_weight * other.acc[d];
+    }
+  }
+};
+
+Softmax partial_of(const Call& call, const ChunkPlan& chunk, int32_t part, int32_t query_head) {
+  const std::size_t at = static_cast<std::size_t>(chunk.partial + part) * call.params.query_heads + query_head;
+  return {call.stats[2 * at], call.stats[2 * at + 1], call.accs + at * call.pool.layout().head_dim};
+}
+
+// All parts of a row that was cut into chunks.
 void merge(const Call& call, const ChunkPlan& chunk, int32_t query_head) {
   const int32_t dim = call.pool.layout().head_dim;
-  const auto index = [&](int32_t i) {
-    return static_cast<std::size_t>(chunk.partial + i) * call.params.query_heads + query_head;
-  };
-  float top = kNoScore;
-  for (int32_t i = 0; i < chunk.count; ++i) {
-    top = std::max(top, call.stats[2 * index(i)]);
+  Softmax all = partial_of(call, chunk, 0, query_head);
+  for (int32_t i = 1; i < chunk.parts; ++i) {
+    all.fold(call.kernel, partial_of(call, chunk, i, query_head), dim);
   }
-  float sum = 0.0F;
-  float acc[kMaxDim] = {};
-  for (int32_t i = 0; i < chunk.count; ++i) {
-    const float weight = std::exp(call.stats[2 * index(i)] - top);
-    sum += weight * call.stats[2 * index(i) + 1];
-    const float* part = call.accs + index(i) * dim;
-    for (int32_t d = 0; d < dim; ++d) {
-      acc[d] += weight * part[d];
-    }
-  }
-  finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, acc, top, sum);
+  finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, all.acc, all.top, all.sum);
 }
 
-void keep(const Call& call, const ChunkPlan& chunk, const HeadState& state, int32_t head) {
+// Of 16, in halves: one after the other they would wait for each other.
+float total(float* sums) {
+  for (int32_t half = 8; half > 0; half /= 2) {
+    for (int32_t i = 0; i < half; ++i) {
+      sums[i] += sums[i + half];
+    }
+  }
+  return sums[0];
+}
+
+// What the parts of a row in one chunk have folded into so far, for one KV head.
+struct Folded {
+  float stats[kMaxGroup][2];
+  alignas(64) float acc[kMaxGroup * kMaxDim];
+};
+
+// A part of the row is done: stores it, or folds it and after the last one stores the result.
+void keep(const Call& call, const ChunkPlan& chunk, HeadState& state, int32_t head, int32_t part, Folded& folded) {
   for (int32_t g = 0; g < state.group; ++g) {
     const int32_t query_head = head * state.group + g;
-    const float* acc = state.acc + g * state.dim;
-    const float sum = std::accumulate(state.sum[g], state.sum[g] + 16, 0.0F);
-    if (chunk.partial < 0) {
-      finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, acc, state.top[g], sum);
+    const Softmax mine{state.top[g], total(state.sum[g]), state.acc + g * state.dim};
+    if (chunk.partial >= 0) {
+      const std::size_t at = static_cast<std::size_t>(chunk.partial + part) * call.params.query_heads + query_head;
+      call.stats[2 * at] = mine.top;
+      call.stats[2 * at + 1] = mine.sum;
+      std::copy_n(mine.acc, state.dim, call.accs + at * state.dim);
       continue;
     }
-    const std::size_t at = static_cast<std::size_t>(chunk.partial + chunk.index) * call.params.query_heads + query_head;
-    call.stats[2 * at] = state.top[g];
-    call.stats[2 * at + 1] = sum;
-    std::copy_n(acc, state.dim, call.accs + at * state.dim);
+    Softmax all = mine;
+    if (chunk.parts > 1) {
+      all = {folded.stats[g][0], folded.stats[g][1], folded.acc + g * state.dim};
+      if (part == 0) {
+        std::copy_n(mine.acc, state.dim, all.acc);
+        all.top = mine.top;
+        all.sum = mine.sum;
+      } else {
+        all.fold(call.kernel, mine, state.dim);
+      }
+      folded.stats[g][0] = all.top;
+      folded.stats[g][1] = all.sum;
+    }
+    if (part + 1 == chunk.parts) {
+      finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, all.acc, all.top,
+             all.sum);
+    }
   }
 }
 
-// The strips of one head, then those of the next, each prefetching what follows; the last one the start of `next`.
+// The strips of one head, part by part, then those of the next, each prefetching what follows; the last one the start
+// of `next`.
 void attend_item(const Call& call, const Item& item, const std::optional<Work>& next) {
   const ChunkPlan& chunk = item.chunk;
   HeadState state;
@@ -197,12 +247,17 @@ void attend_item(const Call& call, const Item& item, const std::optional<Work>& 
   }
   const int32_t begin = std::max(chunk.begin, first_token(length, call.params.window));
   const int32_t strips = (chunk.end - chunk.begin + kStripTokens - 1) / kStripTokens;
+  const int32_t part_strips = chunk.part / kStripTokens;
   CleanV clean;
+  Folded folded;
   Strip strip;
   int32_t next_count = find_tiles(call, chunk, item.head, 0, strip.next);
   for (int32_t head = item.head; head < item.last; ++head) {
     start(call, state, static_cast<std::size_t>(chunk.row) * call.params.query_heads + head * state.group);
     for (int32_t i = 0; i < strips; ++i) {
+      if (i % part_strips == 0) {
+        start_part(state);
+      }
       std::copy_n(strip.next, kStripTiles, strip.tiles);
       strip.count = next_count;
       const int32_t first = chunk.begin + i * kStripTokens;
@@ -219,8 +274,10 @@ void attend_item(const Call& call, const Item& item, const std::optional<Work>& 
         clean.replace(call, strip);
       }
       call.kernel.attend(state, strip);
+      if ((i + 1) % part_strips == 0 || i + 1 == strips) {
+        keep(call, chunk, state, head, chunk.index + i / part_strips, folded);
+      }
     }
-    keep(call, chunk, state, head);
   }
   if (call.kernel.release != nullptr) {
     call.kernel.release();

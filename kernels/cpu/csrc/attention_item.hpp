@@ -15,7 +15,7 @@
 namespace neo {
 
 // One call: what its items share. Partial results live in the thread pool's scratch memory, see Parts:
-// chunks | arrivals [chunks' first partial, ranges] | top, sum [partials, query_heads] | acc [partials, query_heads,
+// chunks | arrivals [rows' first partial, ranges] | top, sum [partials, query_heads] | acc [partials, query_heads,
 // dim]
 struct Call {
   const KvPool& pool;

@@ -90,6 +90,8 @@ struct StripKernel {
   void (*attend)(HeadState&, const Strip&) = nullptr;
   // Scales [count] floats into an array of the activation's type; count is a multiple of 16. Null: not faster here.
   void (*store)(const float* from, float scale, int32_t count, void* to) = nullptr;
+  // acc = weight * acc + its_weight * other, [count] each, a multiple of 16. Null: not faster here.
+  void (*fold)(float* acc, float weight, const float* other, float its_weight, int32_t count) = nullptr;
   void (*release)() = nullptr;  // undoes on this thread what `prepare` left there; null: nothing to do
 };
 

@@ -246,10 +246,10 @@ void attend(HeadState& state, const Strip& strip) {
 
 StripKernel amx_strip(DType kv, DType activation) {
   if (kv == DType::kBFloat16 && activation == DType::kBFloat16) {
-    return {prepare<Bf16>, attend<Bf16>, store_bf16, Tiles::release};
+    return {prepare<Bf16>, attend<Bf16>, store_bf16, fold_accs, Tiles::release};
   }
   if (kv == DType::kInt8) {
-    return {prepare<Int8>, attend<Int8>, store_of(activation), Tiles::release};
+    return {prepare<Int8>, attend<Int8>, store_of(activation), fold_accs, Tiles::release};
   }
   return {};
 }

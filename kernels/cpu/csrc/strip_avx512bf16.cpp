@@ -288,10 +288,10 @@ void attend(HeadState& state, const Strip& strip) {
 
 StripKernel avx512bf16_strip(DType kv, DType activation) {
   if (kv == DType::kBFloat16 && activation == DType::kBFloat16) {
-    return {Bf16::prepare, attend<Bf16>, store_bf16};
+    return {Bf16::prepare, attend<Bf16>, store_bf16, fold_accs};
   }
   if (kv == DType::kInt8) {
-    return {Int8::prepare, attend<Int8>, store_of(activation)};
+    return {Int8::prepare, attend<Int8>, store_of(activation), fold_accs};
   }
   return {};
 }

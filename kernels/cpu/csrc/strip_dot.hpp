@@ -19,6 +19,15 @@ inline void store_bf16(const float* from, float scale, int32_t count, void* to) 
 }
 
 // What can write results of this type, if anything faster than plain C++.
+inline void fold_accs(float* acc, float weight, const float* other, float its_weight, int32_t count) {
+  const __m512 mine = _mm512_set1_ps(weight);
+  const __m512 its = _mm512_set1_ps(its_weight);
+  for (int32_t i = 0; i < count; i += 16) {
+    const __m512 scaled = _mm512_mul_ps(its, _mm512_loadu_ps(other + i));
+    _mm512_storeu_ps(acc + i, _mm512_fmadd_ps(mine, _mm512_loadu_ps(acc + i), scaled));
+  }
+}
+
 inline decltype(StripKernel::store) store_of(DType activation) {
   return activation == DType::kBFloat16 ? store_bf16 : nullptr;
 }

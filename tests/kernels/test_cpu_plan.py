@@ -65,7 +65,7 @@ def test_a_small_batch_leaves_every_thread_many_items(cut: Cut, name: str) -> No
 
 def test_one_row_is_shared(cut: Cut) -> None:
     assert cut([1100], 14).items >= 2 * 14
-    assert cut([4000], 14).items >= 4 * 14
+    assert cut([4000], 14).items >= 2 * 14
 
 
 def test_one_of_128k_tokens_has_bounded_partial_results(cut: Cut) -> None:
@@ -80,7 +80,7 @@ def test_rows_of_a_large_batch_are_whole(cut: Cut, threads: int) -> None:
     assert plan.chunks == [(row, 0, 1100) for row in range(64)]
     assert plan.partials == 0
     long = cut([8000] * 64, threads)
-    assert all(end - begin >= 2048 for _, begin, end in long.chunks)
+    assert all(end - begin >= 1024 for _, begin, end in long.chunks)
 
 
 def test_parts_depend_on_the_row_alone(cut: Cut) -> None:

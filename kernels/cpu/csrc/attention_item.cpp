@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace neo {
 namespace {
@@ -153,8 +154,8 @@ struct Softmax {
   // The only place where parts of a row meet: always in order, whoever does it.
   void fold(const StripKernel& kernel, const Softmax& other, int32_t dim) {
     const float highest = std::max(top, other.top);
-    const float weight = top == highest ? 1.0F : std::exp(top - highest);
-    const float its_weight = other.top == highest ? 1.0F : std::exp(other.top - highest);
+    const float weight = std::exp(top - highest);
+    const float its_weight = std::exp(other.top - highest);
     top = highest;
     sum = weight * sum + its_weight * other.sum;
     if (kernel.fold != nullptr) {
@@ -182,16 +183,6 @@ void merge(const Call& call, const ChunkPlan& chunk, int32_t query_head) {
   finish(call, static_cast<std::size_t>(chunk.row) * call.params.query_heads + query_head, all.acc, all.top, all.sum);
 }
 
-// Of 16, in halves: one after the other they would wait for each other.
-float total(float* sums) {
-  for (int32_t half = 8; half > 0; half /= 2) {
-    for (int32_t i = 0; i < half; ++i) {
-      sums[i] += sums[i + half];
-    }
-  }
-  return sums[0];
-}
-
 // What the parts of a row in one chunk have folded into so far, for one KV head.
 struct Folded {
   float stats[kMaxGroup][2];
@@ -202,7 +193,7 @@ struct Folded {
 void keep(const Call& call, const ChunkPlan& chunk, HeadState& state, int32_t head, int32_t part, Folded& folded) {
   for (int32_t g = 0; g < state.group; ++g) {
     const int32_t query_head = head * state.group + g;
-    const Softmax mine{state.top[g], total(state.sum[g]), state.acc + g * state.dim};
+    const Softmax mine{state.top[g], std::accumulate(state.sum[g], state.sum[g] + 16, 0.0F), state.acc + g * state.dim};
     if (chunk.partial >= 0) {
       const std::size_t at = static_cast<std::size_t>(chunk.partial + part) * call.params.query_heads + query_head;
       call.stats[2 * at] = mine.top;

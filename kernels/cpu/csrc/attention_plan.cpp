@@ -6,13 +6,13 @@ namespace neo {
 namespace {
 
 constexpr int32_t kAlign = 64;  // a strip: parts begin where strips do
-// A row's parts are an eighth of it between these lengths: the fold of each shows in large batches (256 tokens: 1-2%),
+// A row's parts are a quarter of it between these lengths: the fold of each shows in large batches (256 tokens: 1-2%),
 // a row in few parts cannot be shared by many threads.
 constexpr int32_t kLeastPart = 256;
 constexpr int32_t kLongPart = 1024;
-constexpr int32_t kPartsOfShort = 8;
+constexpr int32_t kPartsOfShort = 4;
 constexpr int32_t kMostParts = 64;  // of one row: so long ones have longer parts still
-constexpr int32_t kLongestChunk = 4096;
+constexpr int32_t kLongestChunk = 2048;
 // So many, each head's counted, or threads wait for each other at the end of a small batch.
 constexpr int32_t kChunksPerThread = 8;
 // An item this large hides its start (some unprefetched lines) and the ticket; a smaller one balances better.

@@ -160,6 +160,11 @@ class IterationPlan:
         """A deferred sweep without rows of its own moves those on that are under way."""
         return not self.migrations and not self.batches and self.mode is not Mode.DEFERRED
 
+    @property
+    def copies_beside(self) -> bool:
+        """No migration is waited for before the sweep."""
+        return all(migration.beside for migration in self.migrations)
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:

@@ -65,9 +65,7 @@ class Predictor:
     def phases(self, work: SweepWork) -> Phases:
         rates = self.rates
         moved = work.moved_tokens * rates.link_token_ms + work.moves * rates.move_ms
-        link = work.link_tokens * rates.link_token_ms
-        if work.moves_beside:
-            moved, link = 0.0, moved + link
+        link = work.link_tokens * rates.link_token_ms + work.link_moves * rates.move_ms
         attention = work.context * self.costs.context_ms
         streamed = rates.streamed_ms if work.streamed else 0.0
         # Deferred rows are padded by themselves: the exchange's cost has theirs.
@@ -150,7 +148,7 @@ class Predictor:
         """What is left over belongs to whatever bounds the sweep; what the host reports itself, and
         what sweeps of the device alone tell, is known better from there."""
         name = ""
-        if (work.moves and not work.moves_beside) or predicted.link >= predicted.total:
+        if work.moves or predicted.link >= predicted.total:
             tokens = work.moved_tokens + work.link_tokens
             if tokens:
                 self._add("link_token_ms", error / tokens)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpu_service.scheduling.plan import IterationPlan, Mode, SubBatch, Tier
+from gpu_service.scheduling.plan import IterationPlan, Migration, Mode, SubBatch, Tier
 
 GPU_ONLY, INLINE, DEFERRED, ASYMMETRIC = "gpu_only", "inline", "deferred", "asymmetric"
 WAYS = (GPU_ONLY, INLINE, DEFERRED, ASYMMETRIC)
@@ -32,12 +33,13 @@ class SweepWork:
     """Of `host_rows`, those of the second sub-batch."""
     second_tokens: float = 0.0
     link_tokens: float = 0.0
-    """KV tokens over the link beside the sweep: streamed rows, prompts for the host tier."""
+    """KV tokens over the link beside the sweep: streamed rows, prompts for the host tier, and
+    migrations that are not waited for."""
+    link_moves: int = 0
+    """Those migrations."""
     moved_tokens: float = 0.0
-    """KV tokens of migrations."""
+    """KV tokens of migrations before the sweep."""
     moves: int = 0
-    moves_beside: bool = False
-    """None of them is waited for before the sweep."""
     streamed: bool = False
 
     @property
@@ -57,6 +59,8 @@ def work_of(plan: IterationPlan, under_way: float, cohorts: int) -> SweepWork | 
     host = [row for batch in plan.batches for row in batch.host_decode]
     second = plan.batches[1].host_decode if plan.mode is Mode.ASYMMETRIC else ()
     ends = (c.start + len(c.token_ids) for c in chunks if c.tier is Tier.HOST)
+    before = () if plan.copies_beside else plan.migrations
+    beside = plan.migrations if plan.copies_beside else ()
     rows: float = len(host)
     tokens: float = sum(row.length for row in host)
     way = INLINE if host else GPU_ONLY
@@ -73,9 +77,13 @@ def work_of(plan: IterationPlan, under_way: float, cohorts: int) -> SweepWork | 
         host_tokens=tokens,
         second_rows=len(second),
         second_tokens=sum(row.length for row in second),
-        link_tokens=sum(row.length for row in first.streamed) + sum(ends),
-        moved_tokens=sum(m.tokens for m in plan.migrations),
-        moves=len(plan.migrations),
-        moves_beside=all(m.beside for m in plan.migrations),
+        link_tokens=sum(row.length for row in first.streamed) + sum(ends) + _tokens(beside),
+        link_moves=len(beside),
+        moved_tokens=_tokens(before),
+        moves=len(before),
         streamed=bool(first.streamed),
     )
+
+
+def _tokens(migrations: Sequence[Migration]) -> int:
+    return sum(migration.tokens for migration in migrations)

@@ -93,7 +93,7 @@ class Machine:
         `under_way`: tokens that each host row attends to which is between two layers in deferred
         mode; those that start with the plan are among them."""
         moved, beside = self._migrations_ms(plan), 0.0
-        if self._device_deals and all(m.beside for m in plan.migrations):
+        if self._device_deals and plan.copies_beside:
             moved, beside = 0.0, moved
         batch = plan.batches[0] if plan.batches else SubBatch()
         if plan.mode is Mode.DEFERRED or self._captures(plan):

@@ -231,8 +231,7 @@ class Machine:
     def _run(self, plan: IterationPlan) -> SweepResult:
         size = self.scheduler.limits.block_tokens
         # Copies beside the sweep may take until its end.
-        beside = all(move.beside for move in plan.migrations)
-        if not beside:
+        if not plan.copies_beside:
             self._copy(plan)
         tokens: dict[int, SampledToken] = {}
         logprobs: dict[int, list[TokenLogprob]] = {}
@@ -257,7 +256,7 @@ class Machine:
                 assert row.token_id == known
                 self._store(row.key, tier, row.blocks, start, row.length, size)
                 tokens[row.key] = self._next(row.key, row.length)
-        if beside:
+        if plan.copies_beside:
             self._copy(plan)
         return SweepResult(tokens=tokens, prompt_logprobs=logprobs, landed=landed, void=void)
 
@@ -363,3 +362,11 @@ def expected_output(request: Submit) -> list[int]:
     """What a choice must say, however it is scheduled (no stop ids)."""
     prompt = request.prompt_token_ids
     return [token_at(prompt, len(prompt) + i) for i in range(request.sampling.max_tokens)]
+
+
+def machine_with(**changes: object) -> Machine:
+    return Machine(Scheduler(limits(**changes)))
+
+
+def tiers(machine: Machine) -> dict[str, Tier | None]:
+    return {c.request.request_id: c.tier for c in machine.scheduler.state.running}

@@ -30,7 +30,6 @@ from gpu_service.scheduling.plan import (
     DecodeRow,
     Flight,
     IterationPlan,
-    Migration,
     Mode,
     SubBatch,
     Tier,
@@ -93,20 +92,20 @@ class HostSide:
 
     # -- KV ----------------------------------------------------------------------------------
 
-    def migrate(self, migrations: Sequence[Migration]) -> frozenset[int]:
-        """Queue the copies, in their order: on a branch if nobody waits for any of them before the
-        next call, by which they have ended. Returns the choices whose KV is on neither tier, since
+    def migrate(self, plan: IterationPlan) -> frozenset[int]:
+        """Queue the copies, in their order: on a branch if the sweep need not wait for them; what
+        is queued after the next call does. Returns the choices whose KV is on neither tier, since
         the host has gone."""
         self._copies.join()
         lost = set()
-        for migration in migrations:
+        for migration in plan.migrations:
             registered = self._session()
             if registered is None:
                 lost.add(migration.key)
                 continue
             blocks = migration.source_blocks, migration.target_blocks
             on_device, on_host = blocks if migration.target is Tier.HOST else blocks[::-1]
-            with self._copies.forked(all(m.beside for m in migrations)):
+            with self._copies.forked(plan.copies_beside):
                 self._move(registered, migration.target, on_device, on_host)
         return frozenset(lost)
 

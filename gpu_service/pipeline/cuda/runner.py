@@ -102,7 +102,7 @@ class CudaRunner:
             resolved, known, self._drawn = *self._resolved(plan, sampling), {}
             return self._inline.launch(resolved, known)
         begin = self._mark()
-        lost = self._host.migrate(plan.migrations) if self._host else frozenset()
+        lost = self._host.migrate(plan) if self._host else frozenset()
         batch = plan.batches[0] if plan.batches else SubBatch()
         beside, waited = None, frozenset(_waited_for(plan))
         if plan.mode is Mode.DEFERRED or waited:

@@ -145,7 +145,7 @@ def move(
         tl.store(cache_ptr + place, x, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["moved", "turns"])
 def _pieces_kernel(
     cache_ptr,  # [layers, blocks, 2, KV_HEADS, BLOCK, DIM]
     blocks_ptr,  # int32 [moved]

@@ -168,8 +168,13 @@ struct Softmax {
   }
 };
 
+// Of one part's result in the list of partial ones.
+std::size_t partial_place(const Call& call, const ChunkPlan& chunk, int32_t part, int32_t query_head) {
+  return static_cast<std::size_t>(chunk.partial + part) * call.params.query_heads + query_head;
+}
+
 Softmax partial_of(const Call& call, const ChunkPlan& chunk, int32_t part, int32_t query_head) {
-  const std::size_t at = static_cast<std::size_t>(chunk.partial + part) * call.params.query_heads + query_head;
+  const std::size_t at = partial_place(call, chunk, part, query_head);
   return {call.stats[2 * at], call.stats[2 * at + 1], call.accs + at * call.pool.layout().head_dim};
 }
 
@@ -195,7 +200,7 @@ void keep(const Call& call, const ChunkPlan& chunk, HeadState& state, int32_t he
     const int32_t query_head = head * state.group + g;
     const Softmax mine{state.top[g], std::accumulate(state.sum[g], state.sum[g] + 16, 0.0F), state.acc + g * state.dim};
     if (chunk.partial >= 0) {
-      const std::size_t at = static_cast<std::size_t>(chunk.partial + part) * call.params.query_heads + query_head;
+      const std::size_t at = partial_place(call, chunk, part, query_head);
       call.stats[2 * at] = mine.top;
       call.stats[2 * at + 1] = mine.sum;
       std::copy_n(mine.acc, state.dim, call.accs + at * state.dim);

@@ -18,7 +18,6 @@ inline void store_bf16(const float* from, float scale, int32_t count, void* to) 
   }
 }
 
-// What can write results of this type, if anything faster than plain C++.
 inline void fold_accs(float* acc, float weight, const float* other, float its_weight, int32_t count) {
   const __m512 mine = _mm512_set1_ps(weight);
   const __m512 its = _mm512_set1_ps(its_weight);
@@ -28,6 +27,7 @@ inline void fold_accs(float* acc, float weight, const float* other, float its_we
   }
 }
 
+// What can write results of this type, if anything faster than plain C++.
 inline decltype(StripKernel::store) store_of(DType activation) {
   return activation == DType::kBFloat16 ? store_bf16 : nullptr;
 }

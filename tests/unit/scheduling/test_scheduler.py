@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 
 from gpu_service.engine.messages import TokenLogprob
-from gpu_service.offload.host_tier import HostTierState
-from gpu_service.scheduling.decision import Decision
-from gpu_service.scheduling.plan import Failure, IterationPlan, Mode, SweepResult, Tier
+from gpu_service.scheduling.plan import Failure, IterationPlan, SweepResult, Tier
 from gpu_service.scheduling.scheduler import Scheduler
 from neo_common.errors import Reason
-from tests.support.fake_model import Machine, expected_output, limits, submit, token_at
-
-
-def machine_with(**changes: object) -> Machine:
-    return Machine(Scheduler(limits(**changes)))
+from tests.support.fake_model import (
+    Machine,
+    expected_output,
+    limits,
+    machine_with,
+    submit,
+    tiers,
+    token_at,
+)
 
 
 def last_batch(machine: Machine) -> tuple[list[int], list[int], list[int]]:
@@ -29,10 +31,6 @@ def last_batch(machine: Machine) -> tuple[list[int], list[int], list[int]]:
         [r.key for b in batches for r in b.gpu_decode],
         [r.key for b in batches for r in b.host_decode],
     )
-
-
-def tiers(machine: Machine) -> dict[str, Tier | None]:
-    return {c.request.request_id: c.tier for c in machine.scheduler.state.running}
 
 
 def test_scheduling_imports_no_torch() -> None:
@@ -72,92 +70,6 @@ def test_nothing_is_decided_while_the_host_works_on_rows_that_may_be_void() -> N
     machine.run()
     assert machine.looked_ahead > 1
     machine.check_empty()
-
-
-# -- placement -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("offload", "placement", "tier"),
-    [
-        ("never", "auto", Tier.GPU),
-        ("never", "cpu_preferred", Tier.GPU),
-        ("auto", "auto", Tier.GPU),
-        ("auto", "gpu_only", Tier.GPU),
-        ("auto", "cpu_preferred", Tier.HOST),
-        ("always", "auto", Tier.HOST),
-        ("always", "gpu_only", Tier.GPU),
-    ],
-)
-def test_placement_of_a_lone_request(offload: str, placement: str, tier: Tier) -> None:
-    machine = machine_with(offload=offload)
-    machine.submit(submit("a", 8, 8, placement=placement))
-    machine.step()
-    assert tiers(machine) == {"a": tier}
-
-
-def test_auto_goes_to_the_host_when_the_gpu_is_full() -> None:
-    machine = machine_with(max_batch_tokens=64)
-    machine.submit(submit("first", 30, 30))
-    machine.submit(submit("second", 30, 30))
-    machine.step()
-    assert tiers(machine) == {"first": Tier.GPU, "second": Tier.HOST}
-
-
-def test_a_tpot_that_the_host_is_not_known_to_meet_keeps_a_request_off_it() -> None:
-    machine = machine_with(offload="always")
-    targeted = submit("a", 8, 8)
-    targeted = type(targeted)(**{**_fields(targeted), "tpot_ms": 20.0})
-    machine.submit(targeted)
-    machine.step()
-    assert tiers(machine)["a"] is Tier.GPU
-    machine.scheduler.observe_host_sweep(10.0, Mode.INLINE)
-    machine.submit(type(targeted)(**{**_fields(targeted), "request_id": "b"}))
-    machine.step()
-    assert tiers(machine)["b"] is Tier.HOST
-
-
-def _fields(struct: object) -> dict[str, object]:
-    return {name: getattr(struct, name) for name in struct.__struct_fields__}
-
-
-def test_gpu_only_is_recomputed_where_others_are_demoted() -> None:
-    machine = machine_with(gpu_blocks=24)
-    machine.submit(submit("old", 4, 70, placement="gpu_only"))
-    machine.submit(submit("new", 4, 70, placement="gpu_only", arrival=1.0))
-    machine.run()
-    assert machine.usages["new"].recomputations >= 1
-    assert machine.usages["old"].recomputations == 0
-    assert not any(plan.migrations for plan in machine.plans)
-
-
-def test_gpu_pressure_demotes_the_newest_and_loses_no_work() -> None:
-    machine = machine_with(gpu_blocks=24)
-    for i in range(2):
-        machine.submit(submit(f"r{i}", 4, 70, arrival=float(i)))
-    machine.run()
-    assert machine.usages["r1"].demotions >= 1
-    assert machine.usages["r0"].demotions == 0
-    assert machine.scheduler.state.recomputations == 0
-
-
-def test_the_oldest_host_request_is_promoted_when_the_gpu_has_room() -> None:
-    machine = machine_with(max_batch_tokens=64)
-    machine.submit(submit("gpu", 40, 4))
-    machine.submit(submit("h1", 20, 40, arrival=1.0))
-    machine.submit(submit("h2", 20, 40, arrival=2.0))
-    machine.step()
-    assert tiers(machine) == {"gpu": Tier.GPU, "h1": Tier.HOST, "h2": Tier.HOST}
-    while tiers(machine).get("h1") is Tier.HOST:
-        machine.step()
-    assert tiers(machine) == {"h1": Tier.GPU, "h2": Tier.HOST}
-
-
-def test_cpu_preferred_is_not_promoted() -> None:
-    machine = machine_with()
-    machine.submit(submit("a", 8, 20, placement="cpu_preferred"))
-    machine.run()
-    assert machine.usages["a"].host_tokens == 20
 
 
 # -- batches -------------------------------------------------------------------------------------
@@ -377,80 +289,6 @@ def test_a_failed_row_ends_its_request_alone() -> None:
     machine.run()
     assert machine.refused == {"bad": "NUMERICAL"}
     assert ("good", 0) in machine.finished
-
-
-# -- the host tier goes away ---------------------------------------------------------------------
-
-
-def away(machine: Machine, state: HostTierState, seconds: float) -> None:
-    machine.host = state
-    end = machine.now + seconds
-    while machine.now < end:
-        machine.step()
-        machine.now += 1.0
-
-
-def host_and_gpu() -> Machine:
-    machine = machine_with(lease_seconds=30.0)
-    machine.submit(submit("host", 8, 40, placement="cpu_preferred"))
-    machine.submit(submit("gpu", 8, 40, placement="gpu_only"))
-    machine.step()
-    machine.step()
-    return machine
-
-
-def test_host_requests_wait_out_an_outage_and_others_go_on() -> None:
-    machine = host_and_gpu()
-    before = list(machine.outputs["host", 0])
-    away(machine, HostTierState.DEGRADED, 20.0)
-    assert machine.outputs["host", 0] == before
-    assert len(machine.outputs["gpu", 0]) > len(before)
-    assert machine.scheduler.stalled_choices == 1
-    machine.host = HostTierState.UP
-    machine.run()
-    assert machine.usages["host"].recomputations == 0
-    assert len(machine.outputs["host", 0]) == 40
-
-
-def test_new_requests_start_on_the_gpu_while_others_wait_for_the_host() -> None:
-    """With `offload_mode: auto` it is decided that the host tier holds nothing while it is away:
-    whoever is to leave it then cannot, and must not keep the GPU's blocks from others."""
-    machine = host_and_gpu()
-    machine.scheduler.state.decision = Decision(why="there is no host tier now")
-    machine.submit(submit("new", 8, 3, placement="gpu_only"))
-    away(machine, HostTierState.DEGRADED, 5.0)
-    assert len(machine.outputs["new", 0]) == 3
-
-
-def test_a_host_tier_lost_by_its_lease_ends_its_requests() -> None:
-    machine = host_and_gpu()
-    away(machine, HostTierState.DEGRADED, 30.0)
-    away(machine, HostTierState.LOST, 2.0)
-    assert machine.refused == {"host": "HOST_TIER_LOST"}
-    machine.run()
-    assert len(machine.outputs["gpu", 0]) == 40
-    machine.check_empty()
-
-
-def test_kv_lost_within_the_lease_is_computed_again() -> None:
-    machine = host_and_gpu()
-    away(machine, HostTierState.LOST, 3.0)
-    machine.host = HostTierState.UP
-    machine.run()
-    assert machine.usages["host"].recomputations == 1
-    assert len(machine.outputs["host", 0]) == 40
-    assert not machine.refused
-
-
-def test_requests_that_can_only_be_on_a_lost_host_tier_end_after_the_lease() -> None:
-    machine = machine_with(offload="always", lease_seconds=30.0)
-    machine.submit(submit("a", 8, 40))
-    machine.step()
-    away(machine, HostTierState.LOST, 20.0)
-    assert not machine.refused
-    away(machine, HostTierState.LOST, 20.0)
-    assert machine.refused == {"a": "HOST_TIER_LOST"}
-    machine.check_empty()
 
 
 def test_every_reason_is_one_that_clients_know() -> None:

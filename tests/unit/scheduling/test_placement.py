@@ -1,0 +1,91 @@
+"""Which tier a request is on: placement, demotion, promotion."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_service.scheduling.plan import Mode, Tier
+from tests.support.fake_model import machine_with, submit, tiers
+
+
+@pytest.mark.parametrize(
+    ("offload", "placement", "tier"),
+    [
+        ("never", "auto", Tier.GPU),
+        ("never", "cpu_preferred", Tier.GPU),
+        ("auto", "auto", Tier.GPU),
+        ("auto", "gpu_only", Tier.GPU),
+        ("auto", "cpu_preferred", Tier.HOST),
+        ("always", "auto", Tier.HOST),
+        ("always", "gpu_only", Tier.GPU),
+    ],
+)
+def test_placement_of_a_lone_request(offload: str, placement: str, tier: Tier) -> None:
+    machine = machine_with(offload=offload)
+    machine.submit(submit("a", 8, 8, placement=placement))
+    machine.step()
+    assert tiers(machine) == {"a": tier}
+
+
+def test_auto_goes_to_the_host_when_the_gpu_is_full() -> None:
+    machine = machine_with(max_batch_tokens=64)
+    machine.submit(submit("first", 30, 30))
+    machine.submit(submit("second", 30, 30))
+    machine.step()
+    assert tiers(machine) == {"first": Tier.GPU, "second": Tier.HOST}
+
+
+def test_a_tpot_that_the_host_is_not_known_to_meet_keeps_a_request_off_it() -> None:
+    machine = machine_with(offload="always")
+    targeted = submit("a", 8, 8)
+    targeted = type(targeted)(**{**_fields(targeted), "tpot_ms": 20.0})
+    machine.submit(targeted)
+    machine.step()
+    assert tiers(machine)["a"] is Tier.GPU
+    machine.scheduler.observe_host_sweep(10.0, Mode.INLINE)
+    machine.submit(type(targeted)(**{**_fields(targeted), "request_id": "b"}))
+    machine.step()
+    assert tiers(machine)["b"] is Tier.HOST
+
+
+def _fields(struct: object) -> dict[str, object]:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+
+
+def test_gpu_only_is_recomputed_where_others_are_demoted() -> None:
+    machine = machine_with(gpu_blocks=24)
+    machine.submit(submit("old", 4, 70, placement="gpu_only"))
+    machine.submit(submit("new", 4, 70, placement="gpu_only", arrival=1.0))
+    machine.run()
+    assert machine.usages["new"].recomputations >= 1
+    assert machine.usages["old"].recomputations == 0
+    assert not any(plan.migrations for plan in machine.plans)
+
+
+def test_gpu_pressure_demotes_the_newest_and_loses_no_work() -> None:
+    machine = machine_with(gpu_blocks=24)
+    for i in range(2):
+        machine.submit(submit(f"r{i}", 4, 70, arrival=float(i)))
+    machine.run()
+    assert machine.usages["r1"].demotions >= 1
+    assert machine.usages["r0"].demotions == 0
+    assert machine.scheduler.state.recomputations == 0
+
+
+def test_the_oldest_host_request_is_promoted_when_the_gpu_has_room() -> None:
+    machine = machine_with(max_batch_tokens=64)
+    machine.submit(submit("gpu", 40, 4))
+    machine.submit(submit("h1", 20, 40, arrival=1.0))
+    machine.submit(submit("h2", 20, 40, arrival=2.0))
+    machine.step()
+    assert tiers(machine) == {"gpu": Tier.GPU, "h1": Tier.HOST, "h2": Tier.HOST}
+    while tiers(machine).get("h1") is Tier.HOST:
+        machine.step()
+    assert tiers(machine) == {"h1": Tier.GPU, "h2": Tier.HOST}
+
+
+def test_cpu_preferred_is_not_promoted() -> None:
+    machine = machine_with()
+    machine.submit(submit("a", 8, 20, placement="cpu_preferred"))
+    machine.run()
+    assert machine.usages["a"].host_tokens == 20

@@ -68,8 +68,9 @@ class GpuServiceConfig(HttpSettings, ListenSettings, PeerSettings, TracingSettin
     """`auto` is the model's dtype (exact); `int8` halves bytes at a stated error."""
     streamed_kv_blocks: int = 0
     """Most host blocks that one iteration reads over the link, for requests on the host tier that
-    attend on the device. Staging for them, twice as many blocks of one layer, is taken from the
-    GPU pool. 0: none do. On cuda needs `offload_transport` `shm`."""
+    attend on the device. Staging for them, four times as many blocks of one layer (two layers as
+    they come from the host, two as the GPU reads them), is taken from the GPU pool. 0: none do. On
+    cuda needs `offload_transport` `shm` and a torch for CUDA 13."""
     profile_dir: str = ""
     """Folder for profiles of this machine, which `offload_mode` `auto` measures at its first start
     with a model (seconds); empty means the user's cache folder, `none` measures at each start."""

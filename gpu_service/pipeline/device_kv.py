@@ -38,8 +38,9 @@ class DecodeTables:
 
 
 def staging_cost(streamed_blocks: int, layers: int) -> int:
-    """Blocks of the GPU pool that staging takes: so many blocks of two layers each."""
-    return -(-2 * streamed_blocks // layers)
+    """Blocks of the GPU pool that staging takes: so many blocks of two layers, and again as they
+    come from the host, which on a CPU or in int8 takes less."""
+    return -(-4 * streamed_blocks // layers)
 
 
 def without_staging(blocks: int, streamed_blocks: int, layers: int) -> int:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import globaltimer
 
-from kernels.gpu.tensors import FLOATS, INTERPRET, check
+from kernels.gpu.tensors import FLOATS, check
+from kernels.gpu.words import INTERPRETED, load_acquire, nanoseconds, store_release
 
 LANES = 2
 """Queues of layers within a sweep, as in kernels/cpu/csrc/dataplane.hpp."""
@@ -68,38 +68,6 @@ class Crossing:
     """and how many arrive."""
     back: int
     """Sweeps since those that arrive have left."""
-
-
-@triton.jit
-def _store_release(address, value):
-    """A system-scope release: all that this stream has stored before is there with it."""
-    if INTERPRETED:
-        tl.store(address.to(tl.pointer_type(tl.int32)), value)
-    else:
-        tl.inline_asm_elementwise(
-            "st.release.sys.global.u32 [$1], $2;\n mov.u32 $0, $2;", "=r,l,r",
-            [address, value], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _load_acquire(address):
-    if INTERPRETED:
-        return tl.load(address.to(tl.pointer_type(tl.int32)), volatile=True)
-    return tl.inline_asm_elementwise(
-        "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [address],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _nanoseconds():
-    if INTERPRETED:
-        return tl.full([], 0, tl.int64)
-    return globaltimer()
-
-
-INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
 
 
 @triton.jit(do_not_specialize=["place", "leaving"])
@@ -149,7 +117,7 @@ def _depart_kernel(
 @triton.jit(do_not_specialize=["place"])
 def _ring_kernel(bases_ptr, counts_ptr, place, sweep_at, submitted, bell_stride):
     bell = tl.load(bases_ptr) + place.to(tl.int64) * bell_stride + submitted
-    _store_release(bell, tl.load(counts_ptr + sweep_at))
+    store_release(bell, tl.load(counts_ptr + sweep_at))
 
 
 @triton.jit(do_not_specialize=["place", "count"])
@@ -162,16 +130,16 @@ def _wait_kernel(
     arriving = tl.load(counts_ptr + count)
     failed = tl.load(status_ptr)
     if (arriving > 0) & (failed == 0):
-        ahead = _load_acquire(control + done) - left
-        start = _nanoseconds()
+        ahead = load_acquire(control + done) - left
+        start = nanoseconds()
         over, polls = 0, 0
         while (ahead < 0) & (over == 0):
             polls += 1
             if polls % POLLS == 0:
-                given_up = _load_acquire(tl.load(bases_ptr) + revoked) != 0
-                late = _nanoseconds() - start > deadline_ns
+                given_up = load_acquire(tl.load(bases_ptr) + revoked) != 0
+                late = nanoseconds() - start > deadline_ns
                 over = (given_up | late | (INTERPRETED and polls > MOST_POLLS)).to(tl.int32)
-            ahead = _load_acquire(control + done) - left
+            ahead = load_acquire(control + done) - left
         if ahead < 0:
             tl.store(status_ptr, 1)
 

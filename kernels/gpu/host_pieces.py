@@ -40,6 +40,12 @@ class Programs:
     """Of one block, that a program moves in one turn; all turns have as many."""
 
 
+def piece_bytes(layout: GpuKvLayout, dtype: torch.dtype) -> int:
+    """One block of one layer in a host pool of that type: `kernels.cpu.KvLayout.piece_bytes`."""
+    scales = 8 * layout.block_tokens * layout.kv_heads if dtype == torch.int8 else 0
+    return layout.piece_elements * dtype.itemsize + scales
+
+
 def programs_of(layout: GpuKvLayout, dtype: torch.dtype) -> Programs:
     """For a host pool of that type."""
     if dtype == torch.int8:
@@ -195,9 +201,7 @@ class HostPieces:
         self.layout = layout
         self.dtype = dtype
         self._programs = programs_of(layout, dtype)
-        scales = 8 * layout.block_tokens * layout.kv_heads if dtype == torch.int8 else 0
-        self.piece_bytes = layout.piece_elements * dtype.itemsize + scales
-        """One block of one layer, as `kernels.cpu.KvLayout.piece_bytes`."""
+        self.piece_bytes = piece_bytes(layout, dtype)
 
     def write(
         self,

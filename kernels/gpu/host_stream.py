@@ -1,12 +1,16 @@
 """One layer of the host pool's blocks into staging, and the new tokens of staging out again, while
 the device computes other layers.
 
-    gather   host pool -> staging   all that was computed before, one layer ahead
+    arrive   the layer before has left the ring; wait until this layer's blocks are in it
+    unpack   ring -> staging        all that was computed before, one layer ahead
     put      staging -> host pool   K and V of the tokens that this sweep computes
 
-Both take what to move from device memory, the pool's address included: a CUDA graph outlives an
-epoch, and without anything to move they end at once. A few programs each walk over many pieces, so
-that multiprocessors stay free for the sweep; the floor is the link's bytes.
+The device's copy engine brings the blocks into a ring of two layers in the host's layout; words of
+device memory say how far it and the sweep have come. A kernel that read the pool itself would take
+multiprocessors from the sweep for as long as the link takes (docs/perf-log.md, "Deferred attention
+on a GPU"); these are at the speed of the device's memory. What to move is read from device memory,
+the pool's address included: a CUDA graph outlives an epoch, and without anything to move they end
+at once.
 """
 
 from __future__ import annotations
@@ -15,15 +19,33 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gpu.host_pieces import host_order, move, quantise, to_host_order
+from kernels.gpu.host_pieces import host_order, move, piece_bytes, quantise, to_host_order
 from kernels.gpu.kv_cache import GpuKvLayout
-from kernels.gpu.tensors import FLOATS, check
+from kernels.gpu.tensors import FLOATS, INTERPRET, check
+from kernels.gpu.words import load_acquire, nanoseconds, store_release, trap
 
-PROGRAMS = 16
-_STAGES = 4
-"""The compiler then issues a program's loads three turns ahead (`cp.async` of 16 bytes, seen in its
-PTX): of bf16 each turn is 8 KiB, so that 16 programs have 384 KiB under way, of int8 half of that.
-At 55 GB/s and 2 us a round trip the link holds 110."""
+RING = 2
+"""Layers in the ring."""
+_UNPACKING = 64
+_PUTTING = 16
+"""Programs, each of which walks over many pieces. As few put as keep the link busy."""
+_DEADLINE_NS = 10_000_000_000
+"""The link brings a card's whole memory in less. Copies that do not come were never queued."""
+_POLLS = 64
+"""Looks at the word between two at the clock."""
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _arrive_kernel(words_ptr, counts_ptr, layer, deadline_ns, POLLS: tl.constexpr):
+    if tl.load(counts_ptr) > 0:
+        number = tl.load(counts_ptr + 2) + layer
+        brought = words_ptr.to(tl.int64)
+        store_release(brought + 4, number)
+        start, polls = nanoseconds(), 0
+        while load_acquire(brought) - number < 1:
+            polls += 1
+            if polls % POLLS == 0 and nanoseconds() - start > deadline_ns:
+                trap()
 
 
 @triton.jit
@@ -33,29 +55,27 @@ def _region(pool_ptr, layer, block, head, KV_HEADS: tl.constexpr, REGION_BYTES: 
     return at + (block.to(tl.int64) * KV_HEADS + head) * REGION_BYTES
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _gather_kernel(
+@triton.jit
+def _unpack_kernel(
     staging_ptr,  # [blocks][2][KV_HEADS][BLOCK][DIM]
-    moves_ptr,  # int32 [2, most]: host blocks, staging blocks
-    counts_ptr,  # int32 [2]
-    pool_ptr,  # int64 [2]
-    layer, most,
+    ring_ptr,  # uint8 [blocks][KV_HEADS][region]
+    moves_ptr,  # int32: blocks of both
+    counts_ptr,  # int32 [3]
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    W: tl.constexpr, QUANTISED: tl.constexpr, STAGES: tl.constexpr,
+    W: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
     half: tl.constexpr = BLOCK * DIM
     dtype: tl.constexpr = tl.int8 if QUANTISED else staging_ptr.dtype.element_ty
     size: tl.constexpr = dtype.primitive_bitwidth // 8
     region: tl.constexpr = 2 * half * size + (8 * BLOCK if QUANTISED else 0)
     pieces = tl.load(counts_ptr) * KV_HEADS
-    for piece in tl.range(tl.program_id(0), pieces, tl.num_programs(0), num_stages=STAGES):
-        entry, head = piece // KV_HEADS, piece % KV_HEADS
-        block, staged = tl.load(moves_ptr + entry), tl.load(moves_ptr + most + entry)
-        address = _region(pool_ptr, layer, block, head, KV_HEADS, region)
+    for piece in range(tl.program_id(0), pieces, tl.num_programs(0)):
+        head, block = piece % KV_HEADS, tl.load(moves_ptr + piece // KV_HEADS).to(tl.int64)
+        address = ring_ptr + (block * KV_HEADS + head) * region
         # Without the hint the compiler knows of no alignment, and loads element by element.
         host = tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
         scales = tl.multiple_of((address + 2 * half * size).to(tl.pointer_type(tl.float32)), 16)
-        target = staging_ptr + (staged.to(tl.int64) * 2 * KV_HEADS + head) * half
+        target = staging_ptr + (block * 2 * KV_HEADS + head) * half
         move(target, host, scales, True, False, QUANTISED, BLOCK, DIM, DIM_PAD, W)
         move(
             target + KV_HEADS * half, host + half, scales + BLOCK, False,
@@ -97,7 +117,7 @@ def _put(
 def _put_kernel(
     staging_ptr,  # [blocks][2][KV_HEADS][BLOCK][DIM]
     moves_ptr,  # int32 [4, most]: staging blocks, host blocks, first new tokens, their ends
-    counts_ptr,  # int32 [2]
+    counts_ptr,  # int32 [3]
     pool_ptr,  # int64 [2]
     layer, most,
     KV_HEADS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
@@ -133,13 +153,14 @@ def _put_kernel(
 
 
 class HostStream:
-    """Launches both for any layer. dtype: the host pool's; the cache's, or int8."""
+    """Launches them for any layer. dtype: the host pool's; the cache's, or int8."""
 
     def __init__(self, layout: GpuKvLayout, dtype: torch.dtype) -> None:
         if dtype not in (*FLOATS, torch.int8):
             raise ValueError(f"the host pool's type must be a float or int8, not {dtype}")
         self.layout = layout
         self.dtype = dtype
+        self.piece_bytes = piece_bytes(layout, dtype)
         self._constants = {
             "KV_HEADS": layout.kv_heads,
             "BLOCK": layout.block_tokens,
@@ -149,24 +170,31 @@ class HostStream:
             "QUANTISED": dtype == torch.int8,
         }
 
-    def gather(
-        self,
-        layer: int,
-        staging: torch.Tensor,
-        moves: torch.Tensor,
-        counts: torch.Tensor,
-        pool: torch.Tensor,
-    ) -> None:
-        """`staging[moves[1, i]]` = the layer's host block `moves[0, i]` for `i < counts[0]`.
+    def arrive(self, layer: int, words: torch.Tensor, counts: torch.Tensor) -> None:
+        """Wait, if there is anything to unpack, until the layer is in the ring: `words[0]`, which
+        who copies sets, has come to `counts[2] + layer + 1`. `words[1]` tells it `counts[2] +
+        layer`: the layers before have been unpacked. words: int32 `[2]`. counts: int32 `[3]`."""
+        check("words", words, (2,), torch.int32)
+        check("counts", counts, (3,), torch.int32)
+        if INTERPRET:
+            there = words[0] - counts[2] - layer
+            assert not counts[0] or there >= 1, "nobody works beside the interpreter"
+        _arrive_kernel[(1,)](words, counts, layer, _DEADLINE_NS, POLLS=_POLLS, num_warps=1)
 
-        staging: `[blocks, 2, kv_heads, block_tokens, head_dim]`. moves: int32 `[2, most]`. counts:
-        int32 `[2]`. pool: int64 `[2]`, the host pool's address and the bytes of one layer of it.
+    def unpack(
+        self, ring: torch.Tensor, staging: torch.Tensor, moves: torch.Tensor, counts: torch.Tensor
+    ) -> None:
+        """`staging[b]` = `ring[b]` for `b` in `moves[:counts[0]]`.
+
+        ring: uint8 `[blocks, piece_bytes]`. staging: `[blocks, 2, kv_heads, block_tokens,
+        head_dim]`. moves: int32. counts: int32 `[3]`.
         """
-        self._check(staging, moves, counts, pool, 2)
-        _gather_kernel[(PROGRAMS,)](
-            staging, moves, counts, pool, layer, moves.shape[1], **self._constants,
-            STAGES=_STAGES, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        check("ring", ring, (len(staging), self.piece_bytes), torch.uint8)
+        check("moves", moves, (-1,), torch.int32)
+        self._check(staging, counts)
+        _unpack_kernel[(_UNPACKING,)](
+            staging, ring, moves, counts, **self._constants, num_warps=4, enable_fp_fusion=False
+        )
 
     def put(
         self,
@@ -177,25 +205,21 @@ class HostStream:
         pool: torch.Tensor,
     ) -> None:
         """The layer's host block `moves[1, i]` = `staging[moves[0, i]]` from token `moves[2, i]` to
-        `moves[3, i]` for `i < counts[1]`; its other tokens stay. Arguments as in `gather`, but
-        moves: int32 `[4, most]`."""
-        self._check(staging, moves, counts, pool, 4)
-        _put_kernel[(PROGRAMS,)](
+        `moves[3, i]` for `i < counts[1]`; its other tokens stay.
+
+        staging, counts: as in `unpack`. moves: int32 `[4, most]`. pool: int64 `[2]`, the host
+        pool's address and the bytes of one layer of it.
+        """
+        check("moves", moves, (4, -1), torch.int32)
+        check("pool", pool, (2,), torch.int64)
+        self._check(staging, counts)
+        _put_kernel[(_PUTTING,)](
             staging, moves, counts, pool, layer, moves.shape[1], **self._constants,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
-    def _check(
-        self,
-        staging: torch.Tensor,
-        moves: torch.Tensor,
-        counts: torch.Tensor,
-        pool: torch.Tensor,
-        columns: int,
-    ) -> None:
+    def _check(self, staging: torch.Tensor, counts: torch.Tensor) -> None:
         check("staging", staging, (-1, *self.layout.shape[2:]), *FLOATS)
-        check("moves", moves, (columns, -1), torch.int32)
-        check("counts", counts, (2,), torch.int32)
-        check("pool", pool, (2,), torch.int64)
+        check("counts", counts, (3,), torch.int32)
         if self.dtype not in (staging.dtype, torch.int8):
             raise ValueError(f"staging of {staging.dtype} does not go into a pool of {self.dtype}")

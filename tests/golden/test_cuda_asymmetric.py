@@ -127,7 +127,7 @@ def test_prompts_and_rows_go_through_staging_beside_host_rows(
         for n in (41, 20, 9, 5)
     ]
     changes = {
-        "gpu_kv_blocks": 5,
+        "gpu_kv_blocks": 9,
         "streamed_kv_blocks": 6,
         "force_migration_every": 0,
         "max_batch_tokens": 17,

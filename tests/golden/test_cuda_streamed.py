@@ -93,7 +93,7 @@ def test_prompts_for_the_host_that_the_gpu_tier_has_no_room_for(
 ) -> None:
     """Their KV leaves layer by layer, and later chunks read it back; the GPU tier has one block."""
     asked = [greedy(f"r{n}", [3 + (7 * i + n) % 250 for i in range(n)], 4) for n in (41, 20)]
-    changes = {"gpu_kv_blocks": 5, "force_migration_every": 0, "max_batch_tokens": 17}
+    changes = {"gpu_kv_blocks": 9, "force_migration_every": 0, "max_batch_tokens": 17}
     with streaming(directories["mistral"], service, **changes) as core:
         assert core.scheduler.limits.gpu_blocks == 1
         rows = Rows(core)
@@ -204,10 +204,10 @@ def test_a_pool_that_cannot_be_reached(
 
 
 MUTANTS = [
-    (staging, "host[:read], staged[:read]", "host[:read][::-1], staged[:read]"),
+    (staging, "= host[:read], staged[:read]", "= host[:read][::-1], staged[:read]"),
     (staging, "read = blocks_for(known, size)", "read = known // size"),
     (staging, "staged[fresh:], host[fresh:count]", "staged[fresh:], host[:count - fresh]"),
-    (streamed, "self._gather(layer + 2)", "pass"),
+    (streamed, "self._unpack(layer + 2)", "pass"),
 ]
 
 

@@ -60,7 +60,7 @@ HOW = {
         "offload": "auto",
         "offload_mode": "asymmetric",
         "streamed_kv_blocks": 6,
-        "gpu_kv_blocks": 5,
+        "gpu_kv_blocks": 9,
         "max_batch_tokens": 17,
     },
     "streamed-3": {
@@ -75,7 +75,7 @@ HOW = {
         "offload": "auto",
         "offload_mode": "deferred",
         "streamed_kv_blocks": 6,
-        "gpu_kv_blocks": 5,
+        "gpu_kv_blocks": 9,
         "max_batch_tokens": 17,
     },
 }

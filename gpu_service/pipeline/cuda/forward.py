@@ -22,6 +22,7 @@ The first sub-batch's rows of the device attend as soon as its q, k and v are th
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,9 @@ import torch
 from gpu_service.model.model import CausalLM
 from gpu_service.model.sampling_limits import MOST_LISTED
 from gpu_service.pipeline.cuda.branch import Branch
+from gpu_service.pipeline.cuda.copy_engine import CopyEngine
 from gpu_service.pipeline.cuda.dense import dense_steps
+from gpu_service.pipeline.cuda.host_ring import HostRing
 from gpu_service.pipeline.cuda.host_rows import DeferredRows, HostRows, RowBuffers, WaitedRows
 from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.kv import multiprocessors
@@ -114,7 +117,10 @@ class Forward:
         spec = model.spec
         self._streamed: StreamedLayers | None = None
         if stream is not None:
-            self._streamed = StreamedLayers(stream, cache.memory, cache.layout.layers, inputs)
+            layers, device = cache.layout.layers, model.device
+            engine = CopyEngine(device) if device.type == "cuda" else None
+            ring = HostRing(stream, layers, device, engine)
+            self._streamed = StreamedLayers(stream, ring, cache.memory, layers, inputs)
         self._model = model
         self._geometry = geometry
         self._cache = cache
@@ -145,6 +151,10 @@ class Forward:
         if exchange.rows:
             return (DeferredRows(*given),)
         return tuple(WaitedRows(*given, limits.host, lane) for lane in range(LANES))
+
+    def streaming(self) -> AbstractContextManager[object]:
+        """Around the launch of a sweep that may read the host pool, by `run` or as a graph."""
+        return nullcontext() if self._streamed is None else self._streamed.filled()
 
     @torch.inference_mode()
     def run(self, shape: SweepShape, longest: int) -> None:

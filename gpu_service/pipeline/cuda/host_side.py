@@ -23,7 +23,8 @@ from gpu_service.pipeline.batch import decode_tables
 from gpu_service.pipeline.cohorts import Cohort, host_rows, no_tables
 from gpu_service.pipeline.cuda.branch import Branch
 from gpu_service.pipeline.cuda.forward import DeviceCache
-from gpu_service.pipeline.cuda.inputs import HostInputs, Longs
+from gpu_service.pipeline.cuda.host_ring import Longs
+from gpu_service.pipeline.cuda.inputs import HostInputs
 from gpu_service.pipeline.cuda.registered import RegisteredSession
 from gpu_service.pipeline.cuda.staging import Ints
 from gpu_service.scheduling.plan import (
@@ -270,7 +271,9 @@ class HostSide:
             return known
         self.close()
         try:
-            self._registered = RegisteredSession(session, self._cache.memory.device)
+            self._registered = RegisteredSession(
+                session, self._cache.memory.device, self._pieces.piece_bytes
+            )
         except RuntimeError as error:
             self._tier.give_up(str(error))
             _LOG.error("the host tier cannot be used: %s", error)

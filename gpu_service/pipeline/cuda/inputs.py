@@ -20,10 +20,9 @@ import numpy.typing as npt
 import torch
 
 from gpu_service.kv.table import blocks_for, slots_of
+from gpu_service.pipeline.cuda.host_ring import Brought, Longs
 from gpu_service.pipeline.cuda.staging import Ints, StagedSequences, staging_arrays
 from gpu_service.scheduling.plan import PENDING_TOKEN, DecodeRow, PrefillRow, SubBatch, Tier
-
-Longs = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -184,13 +183,17 @@ class SweepInputs:
         self.stream_pool = device_views["stream_pool"]
         """int64 `[2]`: the host pool's address, and the bytes of one layer of it."""
         self.stream_counts = device_views["stream_counts"]
-        """int32 `[2]`: how many entries of `gathered` and of `put` are used."""
-        self.gathered = device_views["gathered"].view(2, limits.staging)
-        """int32 `[2, staging]`: host block, staging block."""
+        """int32 `[3]`: how many entries of `brought_to` and of `put` are used, and the number of
+        layer 0 in the ring's words."""
+        self.brought_to = device_views["brought"]
+        """int32 `[staging]`: staging blocks."""
         self.put = device_views["put"].view(4, limits.staging)
         """int32 `[4, staging]`: staging block, host block, first token, end."""
         self.blocks = device_views["blocks"]
         """int32"""
+        self.brought: Brought | None = None
+        """What the sweep that was sent last reads of the host pool."""
+        self._streamed_layers = 0
         self._turn = 0
 
     def send(
@@ -215,6 +218,9 @@ class SweepInputs:
             arrays["stream_pool"][:] = pool
         place = self._decode_rows(arrays, batch, drawn, staged)
         place, indices = self._chunk_rows(arrays, batch, shape, place, staged)
+        self.brought = None if pool is None else staged.brought(pool, self._streamed_layers)
+        if self.brought is not None:
+            self._streamed_layers += self.limits.layers
         if host is not None:
             self._host_rows(arrays, host, shape, drawn)
         used = self._packed.offsets["blocks"] + 4 * place

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 
 import torch
 
 from gpu_service.offload.shm_tier import MappedSession
 
 _PORTABLE_AND_MAPPED = 3
-_STEP_BYTES = 1 << 30
+_MOST_BYTES = 1 << 30
 """Registered at a time: pages are pinned at 0.4 s per GiB."""
 
 
 class RegisteredSession:
     """Keeps the memory mapped and registered until `close`."""
 
-    def __init__(self, session: MappedSession, device: torch.device) -> None:
+    def __init__(self, session: MappedSession, device: torch.device, piece_bytes: int) -> None:
         """On a CPU nothing is registered. Raises RuntimeError, with CUDA's reason."""
         self.session = session
         self._ranges: list[int] = []
         if device.type != "cuda":
             return
+        # One copy cannot be in two parts: none of them ends within a piece.
+        whole = math.lcm(piece_bytes, mmap.PAGESIZE)
+        step = max(_MOST_BYTES // whole, 1) * whole
         for address, size in (session.control, session.step, session.pool):
-            for first in range(0, size, _STEP_BYTES):
-                part = min(_STEP_BYTES, size - first)
-                self._register(address + first, part)
+            for first in range(0, size, step):
+                self._register(address + first, min(step, size - first))
 
     def pool(self, layers: int, blocks: int, piece_bytes: int) -> torch.Tensor:
         """uint8 `[layers, blocks, piece_bytes]`"""

@@ -16,8 +16,9 @@ from gpu_service.offload.host_tier import HostTier
 from gpu_service.offload.shm_tier import ShmHostTier
 from gpu_service.pipeline.cuda.forward import Activations, DeviceCache, Forward
 from gpu_service.pipeline.cuda.graphs import SweepGraphs
+from gpu_service.pipeline.cuda.host_ring import Longs
 from gpu_service.pipeline.cuda.host_side import HostSide, HostSweep
-from gpu_service.pipeline.cuda.inputs import Longs, SweepInputs, SweepShape
+from gpu_service.pipeline.cuda.inputs import SweepInputs, SweepShape
 from gpu_service.pipeline.cuda.logprobs import LandingLogprobs, SweepLogprobs
 from gpu_service.pipeline.cuda.queued import Arriving, Beside, QueuedSweep, arriving_rows
 from gpu_service.pipeline.cuda.sampling import DeviceDraws, Draw
@@ -160,9 +161,10 @@ class CudaRunner:
         lanes = [len(rows) for rows in inputs.lanes] if inputs and not deferred else []
         shape = self._sweeps.table.shape_for(batch, deferred=deferred, lanes=lanes)
         self._drawn = self._sweeps.inputs.send(batch, shape, self._drawn, inputs, pool)
-        if not self._sweeps.graphs.replay(shape):
-            longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
-            self._sweeps.forward.run(shape, longest)
+        with self._sweeps.forward.streaming():
+            if not self._sweeps.graphs.replay(shape):
+                longest = max((len(chunk.token_ids) for chunk in batch.prefill), default=0)
+                self._sweeps.forward.run(shape, longest)
         arriving = arriving_rows(batch, beside, shape, sampling)
         logprobs = self._sample(batch, arriving, sampling)
         logprobs.prompts = self._prompt_logprobs(batch, shape, sampling)

@@ -39,8 +39,8 @@ HOST_TYPES = {
     torch.float16: cpu.DType.FLOAT16,
     torch.int8: cpu.DType.INT8,
 }
-GATHERED = ((2, 0), (6, 5), (0, 3))
-"""Host block, staging block"""
+BROUGHT = ((2, 0), (6, 5), (0, 3))
+"""Host block, block of the ring and of staging"""
 PUT = ((5, 6, 0, 1), (3, 0, 7, 8), (0, 2, 15, 16), (1, 4, 3, 14), (4, 5, 0, 0))
 """Staging block, host block, first token, end"""
 
@@ -84,19 +84,23 @@ def table(moves: Any, columns: int) -> torch.Tensor:
     return filled
 
 
-def counts(gathered: int, put: int) -> torch.Tensor:
-    return torch.tensor([gathered, put], dtype=torch.int32)
+def counts(brought: int, put: int, number: int = 0) -> torch.Tensor:
+    return torch.tensor([brought, put, number], dtype=torch.int32)
 
 
-def check_gather(both: Both, make: Any = HostStream) -> None:
+def check_unpack(both: Both, make: Any = HostStream) -> None:
+    stream = make(both.layout, both.host_dtype)
+    piece = stream.piece_bytes
     for layer in (0, 2):
         staging = both.staging[layer % 2]
         staging.fill_(3.0)
-        expected = staging.clone()
-        for block, staged in GATHERED:
+        expected, ring = staging.clone(), torch.zeros(STAGING, piece, dtype=torch.uint8)
+        for block, staged in BROUGHT:
             expected[staged] = both.read_by_cpu(layer, block)
-        stream = make(both.layout, both.host_dtype)
-        stream.gather(layer, staging, table(GATHERED, 2), counts(len(GATHERED), 9), both.where)
+            first = (layer * HOST_BLOCKS + block) * piece
+            ring[staged] = torch.from_numpy(both.bytes[first : first + piece])
+        moves = table([staged for _, staged in BROUGHT], 1)[0]
+        stream.unpack(ring, staging, moves, counts(len(BROUGHT), 9))
         integers = torch.int32 if both.dtype == torch.float32 else torch.int16
         assert torch.equal(staging.view(integers), expected.view(integers))
 
@@ -122,7 +126,7 @@ def check_put(both: Both, make: Any = HostStream) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bits_are_those_of_the_cpu(shape: str, kinds: str) -> None:
     both = Both(shape, kinds)
-    check_gather(both)
+    check_unpack(both)
     check_put(both)
 
 
@@ -131,10 +135,32 @@ def test_without_anything_to_move_nothing_is_looked_at() -> None:
     staging, before = both.staging.clone(), both.bytes.copy()
     nowhere, nothing = torch.zeros(2, dtype=torch.int64), counts(0, 0)
     stream = HostStream(both.layout, torch.bfloat16)
-    stream.gather(0, both.staging[0], table((), 2), nothing, nowhere)
+    ring = torch.zeros(STAGING, stream.piece_bytes, dtype=torch.uint8)
+    words = torch.tensor([-5, -7], dtype=torch.int32)
+    stream.arrive(0, words, nothing)
+    stream.unpack(ring, both.staging[0], table((), 1)[0], nothing)
     stream.put(0, both.staging[0], table((), 4), nothing, nowhere)
     assert torch.equal(both.staging, staging)
     assert np.array_equal(both.bytes, before)
+    assert words.tolist() == [-5, -7]
+
+
+@pytest.mark.parametrize("number", [0, 40, (1 << 31) - 3, -(1 << 31) + 5])
+def test_a_layer_arrives_once_it_is_said_to_be_there(number: int) -> None:
+    """Numbers wrap around. The word says that the layers before have been unpacked."""
+    stream = HostStream(Both("llama", "bf16").layout, torch.bfloat16)
+
+    def wrapped(value: int) -> int:
+        return (value + (1 << 31)) % (1 << 32) - (1 << 31)
+
+    for there in (1, 2, 3):
+        words = torch.tensor([wrapped(number + there), 9], dtype=torch.int32)
+        if there < 3:
+            with pytest.raises(AssertionError, match="nobody"):
+                stream.arrive(2, words, counts(1, 0, number))
+            continue
+        stream.arrive(2, words, counts(1, 0, number))
+        assert words[1] == wrapped(number + 2)
 
 
 def test_staging_is_behind_the_cache() -> None:
@@ -156,8 +182,11 @@ def test_wrong_arguments_are_sentences() -> None:
     stream = HostStream(both.layout, torch.bfloat16)
     with pytest.raises(ValueError, match="must be a float or int8"):
         HostStream(both.layout, torch.float64)
+    ring = torch.zeros(STAGING, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="ring has shape"):
+        stream.unpack(ring, both.staging[0], table((), 1)[0], counts(0, 0))
     with pytest.raises(ValueError, match="moves has shape"):
-        stream.gather(0, both.staging[0], table((), 4), counts(0, 0), both.where)
+        stream.put(0, both.staging[0], table((), 2), counts(0, 0), both.where)
     with pytest.raises(ValueError, match="does not go into a pool"):
         HostStream(both.layout, torch.float32).put(
             0, both.staging[0], table((), 4), counts(0, 0), both.where
@@ -165,6 +194,7 @@ def test_wrong_arguments_are_sentences() -> None:
 
 
 MUTANTS = {
+    "another head of the ring": ("(block * KV_HEADS + head) * region", "block * region", "bf16"),
     "another layer": ("layer.to(tl.int64) * tl.load(pool_ptr + 1)", "0", "bf16"),
     "one head for all": ("* KV_HEADS + head) * REGION", "* KV_HEADS) * REGION", "bf16"),
     "one program's share": ("tl.program_id(0), pieces, tl.num", "0, 2, tl.num", "bf16"),
@@ -184,7 +214,7 @@ def test_mutants_are_found(name: str, tmp_path: Path) -> None:
 
     def check() -> None:
         both = Both("llama", kinds)
-        check_gather(both, make)
+        check_unpack(both, make)
         check_put(both, make)
 
     with pytest.raises(AssertionError):

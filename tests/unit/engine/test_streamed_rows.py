@@ -120,11 +120,11 @@ def geometry(layers: int) -> AttentionGeometry:
 
 
 def test_staging_counts_inside_the_gpu_pool() -> None:
-    assert staging_cost(128, 32) == 8
+    assert staging_cost(128, 32) == 16
     made = config("tiny", offload="auto", cpu_services=("a",), streamed_kv_blocks=7)
     with ThreadPool(1) as threads:
         kv = open_cpu_kv(made, geometry(4), torch.float32, threads)
-        assert kv.blocks == made.gpu_kv_blocks - 4
+        assert kv.blocks == made.gpu_kv_blocks - 7
         too_many = config("tiny", offload="auto", cpu_services=("a",), streamed_kv_blocks=400)
         with pytest.raises(ValueError, match="streamed_kv_blocks: staging for 400 host blocks"):
             open_cpu_kv(too_many, geometry(4), torch.float32, threads)

@@ -28,6 +28,16 @@ class BatchBuilder:
         self._decode: dict[Tier, list[DecodeRow]] = {tier: [] for tier in Tier}
         self._streamed: list[DecodeRow] = []
 
+    @property
+    def device_rows(self) -> tuple[int, int]:
+        """Decode rows that attend on the device, and the tokens that they attend to."""
+        rows = (*self._decode[Tier.GPU], *self._streamed)
+        return len(rows), sum(row.length for row in rows)
+
+    @property
+    def host_rows(self) -> int:
+        return len(self._decode[Tier.HOST])
+
     def has_room(self, choice: Choice, tier: Tier) -> bool:
         """For all its known tokens in staging, if a chunk of it needs any there."""
         return not self._is_staged(tier) or self._blocks(choice.length) <= self._staging
@@ -88,9 +98,9 @@ def _chunk(choice: Choice, tier: Tier, end: int) -> PrefillRow:
     )
 
 
-def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
-    """Rows of the choices that already hold blocks."""
-    ready = [
+def _ready(state: SchedulerState) -> list[Choice]:
+    """Choices that hold blocks and may have rows in this iteration."""
+    return [
         choice
         for choice in state.running
         if choice.tier
@@ -99,6 +109,11 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
         and choice.flight is None
         and choice.key not in state.leaving
     ]
+
+
+def add_decoding(state: SchedulerState, batch: BatchBuilder) -> None:
+    """Decode rows of the choices that already hold blocks."""
+    ready = _ready(state)
     decoding = [choice for choice in ready if choice.is_decoding]
     host = [choice for choice in decoding if choice.tier is Tier.HOST]
     limits, decision = state.limits, state.decision
@@ -111,7 +126,11 @@ def add_running(state: SchedulerState, batch: BatchBuilder) -> None:
         decoding = [c for c in decoding if c.tier is Tier.GPU or c in going]
     for choice in _fair(decoding, batch.budget):
         batch.add(choice, streams=choice in streams)
-    for choice in ready:
+
+
+def add_chunks(state: SchedulerState, batch: BatchBuilder) -> None:
+    """Of prompts that are under way, behind the decode rows."""
+    for choice in _ready(state):
         if batch.budget == 0:
             return
         if not choice.is_decoding and choice.tier and batch.has_room(choice, choice.tier):

@@ -1,4 +1,4 @@
-"""How many tokens the next iteration takes: how large a chunk of waiting prompts to add to it.
+"""How large a chunk of prompts is added to an iteration whose decode rows are known.
 
 A chunk slows down the decode rows beside it, and until it is done the choices that prefill do not
 decode. Per prompt token, with d decode rows, r rows in all and b choices in prefill:
@@ -18,52 +18,46 @@ under the pass over the weights; while many wait and have room, large ones do.
 from __future__ import annotations
 
 from gpu_service.kv.table import blocks_for
+from gpu_service.scheduling.batching import BatchBuilder
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import Tier
 from gpu_service.scheduling.state import SchedulerState
 
 
-def token_budget(state: SchedulerState, costs: SweepCosts | None) -> int:
-    """Tokens of the next iteration, `limits.max_batch_tokens` at most; that without costs."""
-    limit = state.limits.max_batch_tokens
+def chunk_budget(state: SchedulerState, costs: SweepCosts | None, batch: BatchBuilder) -> int:
+    """Tokens of prompts in the iteration, of `limits.max_batch_tokens` at most with its decode
+    rows, which `batch` has; all that are left without costs."""
     if costs is None:
-        return limit
-    decode = context = prefill_tokens = prefilling = 0
-    for choice in state.running:
-        if choice.tier is not Tier.GPU or choice.is_ending:
-            continue
-        if choice.is_decoding:
-            decode += 1
-            context += choice.length
-        else:
-            prefilling += 1
-            prefill_tokens += choice.length - choice.computed
-    starting, tokens = _startable(state)
-    prefilling, prefill_tokens = prefilling + starting, prefill_tokens + tokens
+        return batch.budget
+    decode, context = batch.device_rows
     beside = state.limits.cohort_rows if state.running_on(Tier.HOST) else 0
-    waited = _waited_rows(state)
+    waited = 0 if state.defers else batch.host_rows
     in_first = waited // 2 if state.splits else waited  # of two sub-batches, about
     padded = costs.padded_decode(decode) + beside + in_first
+    limit = state.limits.max_batch_tokens
     sizes = [size for size in costs.mixed_sizes if padded < size <= limit]
-    if not sizes or not prefill_tokens:
-        return limit
+    if not sizes:
+        return batch.budget
+    prefilling, tokens = _prompts(state)
     lost = prefilling + _missing_host_rows(state)
     idle = costs.decode_ms(decode, context) * (1 - lost / decode) if decode else 0.0
 
     def cost(size: int) -> float:
-        used = min(size - padded, prefill_tokens)
+        used = min(size - padded, tokens or limit)
         return (costs.mixed_ms(padded + used, context) - idle) / used
 
-    return min(limit, decode + waited + min(sizes, key=cost) - padded)
+    return min(batch.budget, min(sizes, key=cost) - padded)
 
 
-def _waited_rows(state: SchedulerState) -> int:
-    """Host rows of the next iteration that are not deferred."""
-    if state.defers or not state.host_up:
-        return 0
-    decision = state.decision
-    rows = sum(c.is_decoding and not c.is_ending for c in state.running_on(Tier.HOST))
-    return rows if decision is None else min(rows, round(decision.host_rows))
+def _prompts(state: SchedulerState) -> tuple[int, int]:
+    """Choices whose prompts the next iterations compute, and the tokens that they lack."""
+    under_way = [
+        choice.length - choice.computed
+        for choice in state.running
+        if choice.tier and state.usable(choice.tier) and not choice.is_decoding
+    ]
+    count, tokens = _startable(state)
+    return len(under_way) + count, sum(under_way) + tokens
 
 
 def _missing_host_rows(state: SchedulerState) -> float:
@@ -77,13 +71,21 @@ def _missing_host_rows(state: SchedulerState) -> float:
 
 
 def _startable(state: SchedulerState) -> tuple[int, int]:
-    """Waiting choices that the GPU tier's free blocks would hold, and their tokens."""
-    free, size = state.pools[Tier.GPU].free_count, state.limits.block_tokens
-    room = state.limits.running_bound - len(state.running)
+    """Waiting choices that the GPU tier's free blocks would hold, or staging on their way to the
+    host, and their tokens."""
+    limits, gpu = state.limits, state.pools[Tier.GPU].free_count
+    staging = limits.streamed_blocks if limits.staged_prompts else 0
+    room = limits.running_bound - len(state.running)
     count = tokens = 0
     for choice in state.waiting:
-        free -= blocks_for(choice.length, size)
-        if free < 0 or count >= room:
+        needed = blocks_for(choice.length, limits.block_tokens)
+        if needed <= gpu:
+            gpu -= needed
+        elif needed <= staging and Tier.HOST in state.start_tiers(choice):
+            staging -= needed
+        else:
+            break
+        if count >= room:
             break
         count += 1
         tokens += choice.length

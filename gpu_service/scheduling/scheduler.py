@@ -15,8 +15,8 @@ import itertools
 from gpu_service.engine.messages import Submit, TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling import admission, residency, reuse
-from gpu_service.scheduling.batching import BatchBuilder, add_running
-from gpu_service.scheduling.budget import token_budget
+from gpu_service.scheduling.batching import BatchBuilder, add_chunks, add_decoding
+from gpu_service.scheduling.budget import chunk_budget
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.news import News
@@ -162,8 +162,10 @@ class Scheduler:
         migrations += residency.grow(state)
         if not migrations and not self.limits.force_migration_every:
             migrations += residency.send_down(state) or residency.promote(state)
-        batch = BatchBuilder(token_budget(state, self.costs), self.iterations, self.limits)
-        add_running(state, batch)
+        batch = BatchBuilder(self.limits.max_batch_tokens, self.iterations, self.limits)
+        add_decoding(state, batch)
+        batch.budget = chunk_budget(state, self.costs, batch)
+        add_chunks(state, batch)
         admitted = admission.admit(state, batch)
         for choice in admitted.choices:
             request = choice.request

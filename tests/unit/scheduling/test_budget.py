@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_service.scheduling.budget import token_budget
+from gpu_service.scheduling.batching import BatchBuilder
+from gpu_service.scheduling.budget import chunk_budget
 from gpu_service.scheduling.costs import SweepCosts
+from gpu_service.scheduling.plan import Tier
 from gpu_service.scheduling.scheduler import Scheduler
 from tests.support.fake_model import Machine, expected_output, limits, submit
 
@@ -32,21 +34,27 @@ def scheduler(**changes: object) -> Scheduler:
     return Scheduler(bounds, costs())
 
 
+def budget(made: Scheduler) -> int:
+    """Beside nothing."""
+    batch = BatchBuilder(made.limits.max_batch_tokens, 1, made.limits)
+    return chunk_budget(made.state, made.costs, batch)
+
+
 def test_without_costs_the_limit_is_taken() -> None:
     made = Scheduler(limits(max_batch_tokens=24))
-    assert token_budget(made.state, None) == 24
+    assert budget(made) == 24
 
 
 def test_nothing_to_prefill_takes_the_limit() -> None:
     made = scheduler()
-    assert token_budget(made.state, made.costs) == 4096
+    assert budget(made) == 4096
 
 
 def test_an_empty_machine_takes_the_cheapest_size_a_token() -> None:
     made = scheduler(gpu_blocks=4000)
     for i in range(40):
         made.submit(submit(f"r{i}", 200, 20), 0.0)
-    assert token_budget(made.state, made.costs) == 4096
+    assert budget(made) == 4096
 
 
 def test_one_prompt_beside_many_decode_rows_hides_under_the_weights() -> None:
@@ -70,7 +78,7 @@ def test_one_prompt_beside_many_decode_rows_hides_under_the_weights() -> None:
 def test_a_short_remainder_does_not_pay_for_padding() -> None:
     made = scheduler(gpu_blocks=4000)
     made.submit(submit("r", 70, 20), 0.0)
-    assert token_budget(made.state, made.costs) == 128
+    assert budget(made) == 128
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])
@@ -89,6 +97,32 @@ def test_host_rows_that_are_waited_for_leave_the_chunk_its_room(asymmetric: bool
     assert "new" in machine.first_token
     for plan in machine.plans[before:]:
         assert sum(len(batch.host_decode) for batch in plan.batches) >= 149
+
+
+def test_a_chunk_leaves_room_for_all_that_is_padded_beside_it() -> None:
+    """Streamed rows and the host's places too, and for prompts of either tier: more rows than were
+    captured take the device several times as long."""
+    places, most = 16, 512
+    mixed = {rows: ms for rows, ms in MIXED.items() if rows <= most}
+    known = SweepCosts(DECODE, mixed, 5e-5, beside_chunks=(0, 8, 64))
+    bounds = limits(
+        gpu_blocks=40, host_blocks=4000, max_batch_tokens=4096, max_running=256, offload="auto",
+        max_context_tokens=2000, cohorts=5, cohort_rows=places, streamed_blocks=80, block_tokens=16,
+        host_prefill=True, staged_prompts=True, copies_beside=True,
+    )  # fmt: skip
+    machine = Machine(Scheduler(bounds, known))
+    for i in range(30):
+        machine.submit(submit(f"r{i}", 300 + 17 * i, 12))
+    machine.run()
+    batches = [b for plan in machine.plans for b in plan.batches if b.prefill]
+    assert any(b.streamed and not b.gpu_decode for b in batches)
+    assert any(chunk.tier is Tier.HOST for b in batches for chunk in b.prefill)
+    assert any(chunk.tier is Tier.GPU for b in batches for chunk in b.prefill)
+    for b in batches:
+        decode = known.padded_decode(len(b.gpu_decode) + len(b.streamed))
+        chunks = sum(len(chunk.token_ids) for chunk in b.prefill)
+        # Before anybody is on the host tier, nothing is padded for it.
+        assert decode + chunks + (places if b.host_decode or b.streamed else 0) <= most
 
 
 def test_decode_rows_are_padded_beside_chunks() -> None:

@@ -104,9 +104,9 @@ def _candidates(
 
 
 def _streamed(demand: Demand, limits: SchedulerLimits, most: float) -> list[float]:
-    """None, half of what staging holds, all of it."""
+    """None, and quarters of what staging holds."""
     room = min(limits.streamed_blocks * limits.block_tokens / demand.host_context, most)
-    return [0.0] if room < 1 else [0.0, room / 2, room]
+    return [0.0] if room < 1 else [quarters * room / 4 for quarters in range(5)]
 
 
 def _steps(bound: float) -> Iterator[float]:

@@ -156,6 +156,7 @@ class Scheduler:
         pending."""
         self.iterations += 1
         state = self.state
+        state.left()
         self._drop_expired(now)
         self.steering.revise(self.iterations)
         migrations = residency.force(state, self.iterations)
@@ -215,7 +216,6 @@ class Scheduler:
     def launched(self, plan: IterationPlan) -> None:
         """The plan's sweep has begun: its rows count as computed from now on."""
         self._take_off(plan)
-        self.state.left()
         self.steering.launched(plan)
 
     def _take_off(self, plan: IterationPlan) -> None:

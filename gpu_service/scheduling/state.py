@@ -244,10 +244,10 @@ class SchedulerState:
     def migrate(self, choice: Choice, *, beside: bool = False) -> Migration:
         """Give a running choice blocks on the other tier, for all its known tokens, and let go of
         its own. `beside`: nobody needs either in this iteration, so that the copy may run beside
-        its sweep where the device can do that.
+        its sweep where the device can do that, and if there is anything to copy.
 
         The caller has checked that they fit. Blocks that other choices share stay with them."""
-        beside = beside and self.limits.copies_beside
+        beside = beside and self.limits.copies_beside and choice.computed > 0
         source = choice.tier
         assert source is not None
         assert choice.flight is None
@@ -275,8 +275,8 @@ class SchedulerState:
         return migration
 
     def left(self) -> None:
-        """The sweep beside which choices move is on its way: the next one finds their blocks
-        free."""
+        """The plan beside which choices move is decided, and on its way unless it was empty: the
+        next one finds their blocks free."""
         for tier, blocks in self.leaving.values():
             self.pools[tier].free(blocks)
         self.leaving.clear()

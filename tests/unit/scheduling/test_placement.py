@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from gpu_service.scheduling.plan import Mode, Tier
@@ -89,3 +91,29 @@ def test_cpu_preferred_is_not_promoted() -> None:
     machine.submit(submit("a", 8, 20, placement="cpu_preferred"))
     machine.run()
     assert machine.usages["a"].host_tokens == 20
+
+
+DEFERRED = {"cohorts": 3, "cohort_rows": 4, "host_prefill": False, "copies_beside": True}
+
+
+def test_a_move_without_anything_to_copy_keeps_nobody_waiting() -> None:
+    """A prompt of one token whose only row has come to nothing decodes, and has no KV yet."""
+    machine = machine_with(**DEFERRED)
+    machine.submit(submit("a", 1, 4, placement="cpu_preferred"))
+    machine.step(lambda plan, result: dataclasses.replace(result, tokens={}, void=frozenset({0})))
+    machine.run()
+    machine.check_empty()
+    assert machine.usages["a"].host_tokens > 0
+
+
+def test_blocks_that_are_left_wait_for_no_sweep() -> None:
+    """Should nothing be launched after all, the next plan is decided with them."""
+    machine = machine_with(**DEFERRED)
+    machine.submit(submit("a", 8, 9, placement="cpu_preferred"))
+    machine.step()
+    state = machine.scheduler.state
+    assert machine.scheduler.schedule(machine.now).migrations[0].beside
+    assert state.pools[Tier.GPU].used_count > 0
+    machine.scheduler.schedule(machine.now)
+    assert state.pools[Tier.GPU].used_count == 0
+    state.check_integrity()

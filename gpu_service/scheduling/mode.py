@@ -186,4 +186,6 @@ def _time(
         device = sum(share * phases.gpu for share, phases in parts)
         other = max(max(phases.cpu, moves_ms + phases.link) for _, phases in parts)
         time = predictor.hidden_ms(device, other)
+    else:
+        time = max(time, moves_ms + max(phases.link for _, phases in parts))
     return time + predictor.beside_ms(candidate.offloads)

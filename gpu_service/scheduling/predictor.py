@@ -5,6 +5,8 @@ deferred     max(device + exchange, the host's attention of a sweep, what the li
 inline       dense layers + max(device's attention, host's) + exchange
 asymmetric   max(dense(0) + device's attention, host's(1)) + max(dense(1), host's(0)) + exchange
 streamed     rows of any of these: max(..., what the link brings)
+
+Copies beside a sweep are no part of its time, nor of the next one's, which begins behind them.
 """
 
 from __future__ import annotations
@@ -41,9 +43,9 @@ class Phases:
     cpu: float
     """The host computes."""
     link: float
-    """Copies over the link, those before the sweep included."""
+    """Copies over the link, those before the sweep and beside it included."""
     total: float
-    """From the sweep's begin to its end."""
+    """From the sweep's begin to its end: copies beside it may take longer."""
 
 
 class Predictor:
@@ -65,7 +67,9 @@ class Predictor:
     def phases(self, work: SweepWork) -> Phases:
         rates = self.rates
         moved = work.moved_tokens * rates.link_token_ms + work.moves * rates.move_ms
-        link = work.link_tokens * rates.link_token_ms + work.link_moves * rates.move_ms
+        copied = work.copied_tokens * rates.link_token_ms + work.copies * rates.move_ms
+        link = work.link_tokens * rates.link_token_ms
+        on_link = moved + link + copied
         attention = work.context * self.costs.context_ms
         streamed = rates.streamed_ms if work.streamed else 0.0
         # Deferred rows are padded by themselves: the exchange's cost has theirs.
@@ -75,20 +79,20 @@ class Predictor:
         cpu = self.cpu_ms(work.host_tokens)
         if work.way == DEFERRED:
             gpu = dense + attention + rates.deferred_ms + streamed
-            return Phases(moved + gpu, cpu, moved + link, moved + max(gpu, cpu, link))
+            return Phases(moved + gpu, cpu, on_link, moved + max(gpu, cpu, link))
         if work.way == INLINE:
             gpu = dense + attention
             total = dense + max(attention, cpu, link) + rates.inline_ms
-            return Phases(moved + gpu, cpu, moved + link, moved + total)
+            return Phases(moved + gpu, cpu, on_link, moved + total)
         if work.way == ASYMMETRIC:
             behind = self.dense_ms(work.second_rows, 0)
             second = self.cpu_ms(work.second_tokens)
             total = max(dense + max(attention, link), second) + max(behind, cpu - second)
             total += 2 * rates.inline_ms
             gpu = dense + attention + behind
-            return Phases(moved + gpu, cpu, moved + link, moved + total)
+            return Phases(moved + gpu, cpu, on_link, moved + total)
         gpu = dense + attention + streamed
-        return Phases(moved + gpu, 0.0, moved + link, moved + max(gpu, link))
+        return Phases(moved + gpu, 0.0, on_link, moved + max(gpu, link))
 
     def dense_ms(self, rows: float, chunk_rows: int) -> float:
         """Without attention over decode rows' context."""
@@ -150,7 +154,8 @@ class Predictor:
         name = ""
         if work.moves or predicted.link >= predicted.total:
             tokens = work.moved_tokens + work.link_tokens
-            if tokens:
+            # How much of the link copies beside it took from the sweep, nobody knows.
+            if tokens and not work.copies:
                 self._add("link_token_ms", error / tokens)
             return
         if predicted.cpu >= predicted.total and error > 0:

@@ -54,6 +54,16 @@ class Accounts:
         self.error += _NEWEST * (off - self.error)
 
 
+@dataclass(frozen=True)
+class _Foretold:
+    """Of a sweep whose result has not come."""
+
+    work: SweepWork
+    predicted: Phases
+    waits: bool
+    """It begins behind copies beside the plan before it."""
+
+
 class Steering:
     """Used by the scheduler alone. Without a predictor nothing is decided or foretold, and only
     iterations are counted."""
@@ -68,8 +78,10 @@ class Steering:
         self._ended_early = 1.0
         """Part of their `max_tokens` that choices decode, a moving average."""
         self._host_work = HostWork()
-        self._foretold: dict[int, tuple[SweepWork, Phases]] = {}
-        """Plan's number -> of sweeps whose results have not come."""
+        self._foretold: dict[int, _Foretold] = {}
+        """By the plan's number."""
+        self._copies = False
+        """Copies run beside the last plan, maybe longer than its sweep."""
         if state.limits.auto:
             state.decision = Decision()
 
@@ -110,6 +122,7 @@ class Steering:
     def launched(self, plan: IterationPlan) -> None:
         """Its sweep has begun, and its host rows are under way."""
         state = self._state
+        waits, self._copies = self._copies, bool(plan.migrations) and plan.copies_beside
         cohorts = max(1, state.limits.cohorts)
         work = work_of(plan, sum(state.flight_tokens.values()), cohorts)
         if work is None:
@@ -117,7 +130,7 @@ class Steering:
         self.accounts.iterations[work.way] += 1
         self.accounts.streamed_iterations += work.streamed
         if self.predictor is not None:
-            self._foretold[plan.number] = work, self.predictor.phases(work)
+            self._foretold[plan.number] = _Foretold(work, self.predictor.phases(work), waits)
 
     def observe(self, plan: IterationPlan, result: SweepResult, seconds: float) -> None:
         """The plan's result is there; from the result before it, `seconds` have passed."""
@@ -127,13 +140,15 @@ class Steering:
         self.accounts.gpu_busy_seconds += min(measured, seconds) if foretold else 0.0
         if foretold is None or result.void or result.lost or measured <= 0:
             return
-        work, predicted = foretold
+        if foretold.waits and not result.device_seconds:
+            return  # how much of it is the wait for copies, nobody has measured
+        work, predicted = foretold.work, foretold.predicted
         assert self.predictor is not None
         if not math.isfinite(predicted.total):
             return  # a setting says how host rows run, and nobody has measured the host
         self.accounts.add(work, predicted, 1e3 * measured)
         self.predictor.observe(work, predicted, 1e3 * measured)
-        if result.device_seconds:
+        if result.device_seconds and not foretold.waits:
             self.predictor.observe_iteration(not work.is_plain, seconds, result.device_seconds)
 
     def observe_host(self, work: HostWork) -> None:

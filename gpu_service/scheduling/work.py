@@ -33,19 +33,21 @@ class SweepWork:
     """Of `host_rows`, those of the second sub-batch."""
     second_tokens: float = 0.0
     link_tokens: float = 0.0
-    """KV tokens over the link beside the sweep: streamed rows, prompts for the host tier, and
-    migrations that are not waited for."""
-    link_moves: int = 0
-    """Those migrations."""
+    """KV tokens over the link that the sweep's rows need: streamed ones, and prompts for the host
+    tier."""
     moved_tokens: float = 0.0
     """KV tokens of migrations before the sweep."""
     moves: int = 0
+    copied_tokens: float = 0.0
+    """KV tokens of migrations beside the sweep, which may outlast it: the next one waits."""
+    copies: int = 0
     streamed: bool = False
 
     @property
     def is_plain(self) -> bool:
         """The device alone."""
-        return self.way == GPU_ONLY and not self.moves and not self.link_tokens
+        others = self.moves or self.link_tokens or self.copies
+        return self.way == GPU_ONLY and not others
 
 
 def work_of(plan: IterationPlan, under_way: float, cohorts: int) -> SweepWork | None:
@@ -77,10 +79,11 @@ def work_of(plan: IterationPlan, under_way: float, cohorts: int) -> SweepWork | 
         host_tokens=tokens,
         second_rows=len(second),
         second_tokens=sum(row.length for row in second),
-        link_tokens=sum(row.length for row in first.streamed) + sum(ends) + _tokens(beside),
-        link_moves=len(beside),
+        link_tokens=sum(row.length for row in first.streamed) + sum(ends),
         moved_tokens=_tokens(before),
         moves=len(before),
+        copied_tokens=_tokens(beside),
+        copies=len(beside),
         streamed=bool(first.streamed),
     )
 

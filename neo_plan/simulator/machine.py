@@ -10,7 +10,8 @@ asymmetric   launched as well, twice; the host attends for one sub-batch beside 
 deferred     captured, host rows beside the others:
              max(gpu_only + exchange, host attention of what is under way, link)
 streamed     rows of any of these: GPU attention over KV that comes over the link beside the sweep
-migrations   over the link, before the sweep or, those that nobody in it needs, beside it
+migrations   over the link, before the sweep or, those that nobody in it needs, beside it: the next
+             one begins behind them
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class SweepTime:
     """The GPU computes or copies."""
     cpu: float = 0.0
     """The cpu_service computes."""
+    link: float = 0.0
+    """Copies over the link, all of which the next sweep waits for; those beside this one may take
+    longer than it."""
     queued: bool = False
     """The engine launches it and goes on, as its runner does."""
 
@@ -92,19 +96,19 @@ class Machine:
 
         `under_way`: tokens that each host row attends to which is between two layers in deferred
         mode; those that start with the plan are among them."""
-        moved, beside = self._migrations_ms(plan), 0.0
-        if self._device_deals and plan.copies_beside:
-            moved, beside = 0.0, moved
+        copied = self._migrations_ms(plan)
+        moved = 0.0 if self._device_deals and plan.copies_beside else copied
         batch = plan.batches[0] if plan.batches else SubBatch()
+        link = copied + self._on_link_ms(batch)
         if plan.mode is Mode.DEFERRED or self._captures(plan):
-            return self._captured(plan, batch, moved, beside, under_way)
+            return self._captured(plan, batch, moved, link, under_way)
         if plan.mode is Mode.ASYMMETRIC:
             gpu, cpu, total = self._asymmetric(*plan.batches)
         elif not plan.batches:
             gpu = cpu = total = 0.0
         else:
             gpu, cpu, total = self._inline(batch)
-        return SweepTime(plan.mode.value, moved + total, moved + gpu, cpu)
+        return SweepTime(plan.mode.value, moved + total, moved + gpu, cpu, link)
 
     def _captures(self, plan: IterationPlan) -> bool:
         """A sweep that needs nobody's wait for the host: one captured, or queued all the same."""
@@ -122,7 +126,7 @@ class Machine:
         link: float,
         under_way: Sequence[int],
     ) -> SweepTime:
-        """`moved`: by migrations before the sweep. `link`: taken by those beside it."""
+        """`moved`: by migrations before the sweep. `link`: by all that goes over it."""
         gpu, cpu = moved + self._captured_ms(batch), 0.0
         if batch.streamed:
             gpu += 1e-3 * self.spec.layers * self.profile.link.streamed_layer_us.value
@@ -131,10 +135,10 @@ class Machine:
             gpu += self._dense_ms(batch.tokens + len(under_way) / (self.spec.layers + 1))
             gpu -= self._dense_ms(batch.tokens)
             cpu = self._host_attention_ms(sum(under_way)) / (self.spec.layers + 1)
-        beside = moved + link + self._streamed_ms(batch) + self._host_prompts_ms(batch)
+        total = max(gpu, cpu, moved + self._on_link_ms(batch))
         mode = GPU_ONLY if plan.mode is Mode.INLINE else plan.mode.value
         queued = self._device_deals or plan.mode is Mode.INLINE
-        return SweepTime(mode, max(gpu, cpu, beside), gpu, cpu, queued)
+        return SweepTime(mode, total, gpu, cpu, link, queued)
 
     def host_ms(self, plan: IterationPlan) -> float:
         """What the engine's thread computes for one iteration."""
@@ -221,6 +225,10 @@ class Machine:
     def _streamed_ms(self, batch: SubBatch) -> float:
         return self._link_ms(sum(row.length for row in batch.streamed) * self._host_kv_bytes)
 
+    def _on_link_ms(self, batch: SubBatch) -> float:
+        """What its rows need of the link."""
+        return self._host_prompts_ms(batch) + self._streamed_ms(batch)
+
     # -- modes -------------------------------------------------------------------------------
 
     def _inline(self, batch: SubBatch) -> tuple[float, float, float]:
@@ -248,8 +256,8 @@ class Machine:
 
     def _attention_ms(self, batch: SubBatch) -> float:
         """The GPU's, and what it waits for on the link."""
-        on_link = self._host_prompts_ms(batch) + self._streamed_ms(batch)
-        return self._decode_ms(batch) + self._prefill_ms(batch.prefill) + on_link
+        computed = self._decode_ms(batch) + self._prefill_ms(batch.prefill)
+        return computed + self._on_link_ms(batch)
 
     def _host_rows_ms(self, batch: SubBatch) -> tuple[float, float]:
         """The host's attention, and what goes to it and comes back."""

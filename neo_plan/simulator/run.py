@@ -182,10 +182,10 @@ class SimulatedRunner:
             self._under_way.update((Flight(row.key, plan.number), row.length) for row in rows)
         time = self._machine.sweep(plan, list(self._under_way.values()))
         begin = max(self.now, self._device_free)
-        self._device_free = begin + 1e-3 * time.total
+        self._device_free = begin + 1e-3 * max(time.total, time.link)
         sweep = Sweep(
             begin=begin,
-            end=self._device_free,
+            end=begin + 1e-3 * time.total,
             time=time,
             rows=sum(batch.tokens for batch in plan.batches),
             decode_rows=sum(

@@ -191,6 +191,25 @@ def test_the_gpu_alone(found: Decision) -> None:
     assert found.why
 
 
+@pytest.mark.parametrize("way", ["inline", "asymmetric"])
+def test_copies_beside_sweeps_that_wait_for_their_rows_are_not_free(way: str) -> None:
+    """A sweep lasts at least as long as its share of the moves."""
+    bounds = dataclasses.replace(
+        LIMITS, cohorts=0, inline=way == "inline", asymmetric=way == "asymmetric",
+        copies_beside=True,
+    )  # fmt: skip
+
+    def found(link_token_ms: float) -> Decision:
+        rates = msgspec.structs.replace(RATES, cpu_token_ms=1e-4, link_token_ms=link_token_ms)
+        predictor = Predictor(COSTS, rates)
+        return decide(with_(on_host=0), predictor, bounds, Decision(), must_offload=False)
+
+    quick, slow = found(1e-6), found(10.0)
+    assert quick.way == way
+    assert quick.host_rows > 0
+    assert slow.way == GPU_ONLY, "a move takes eleven seconds"
+
+
 def test_what_has_begun_ends_only_where_it_costs() -> None:
     """A gain within the predictor's error begins nothing, and ends nothing."""
     little = next(

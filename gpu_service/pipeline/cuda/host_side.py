@@ -93,11 +93,13 @@ class HostSide:
 
     # -- KV ----------------------------------------------------------------------------------
 
-    def migrate(self, plan: IterationPlan) -> frozenset[int]:
-        """Queue the copies, in their order: on a branch if the sweep need not wait for them; what
-        is queued after the next call does. Returns the choices whose KV is on neither tier, since
-        the host has gone."""
+    def join_copies(self) -> None:
+        """What is queued from now on comes after the copies beside the sweep before."""
         self._copies.join()
+
+    def migrate(self, plan: IterationPlan) -> frozenset[int]:
+        """Queue the copies, in their order: on a branch if the sweep need not wait for them, until
+        `join_copies`. Returns the choices whose KV is on neither tier, since the host has gone."""
         lost = set()
         for migration in plan.migrations:
             registered = self._session()

@@ -102,6 +102,9 @@ class CudaRunner:
             self._sweeps.draws.forget()
             resolved, known, self._drawn = *self._resolved(plan, sampling), {}
             return self._inline.launch(resolved, known)
+        if self._host is not None:
+            # That wait belongs to the copies, and not to this sweep's own time.
+            self._host.join_copies()
         begin = self._mark()
         lost = self._host.migrate(plan) if self._host else frozenset()
         batch = plan.batches[0] if plan.batches else SubBatch()

@@ -8,19 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from gpu_service.engine.build import exchange_limits, geometry_of
 from gpu_service.model.model import CausalLM, load_model
 from gpu_service.pipeline.cuda import forward, host_rows, streamed
 from gpu_service.pipeline.cuda.build import CudaLimits, open_cuda
+from gpu_service.pipeline.cuda.host_side import HostSide
 from gpu_service.pipeline.cuda.inputs import SweepShape
-from gpu_service.pipeline.cuda.runner import CudaSweeps
+from gpu_service.pipeline.cuda.runner import CudaRunner, CudaSweeps
 from gpu_service.pipeline.cuda.shapes import ShapeTable
+from gpu_service.scheduling.plan import IterationPlan, Migration, Mode, Tier
 from tests.support.engine import config
 from tests.support.models import tiny_model_dir
 from tests.support.mutants import mutated
@@ -330,3 +334,27 @@ def test_copies_that_are_no_mutants_pass(
     same = ("import annotations", "import annotations")
     streams = run_mutant(directory, model, monkeypatch, tmp_path, sweep, module, *same)
     SWEEPS[sweep][2](streams, len(model.layers))
+
+
+def test_a_sweep_s_time_begins_behind_copies_beside_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And before the copies that it waits for itself."""
+    streams, host = Streams(), object.__new__(HostSide)
+    blocks = np.zeros(1, np.int32)
+    drawn = SimpleNamespace(drawn=torch.zeros(1))
+    made: Any = SimpleNamespace(activations=drawn)
+    unused: Any = None
+    runner = CudaRunner(made, unused, unused, host)
+    monkeypatch.setattr(host, "_copies", streams.branch(None), raising=False)
+    monkeypatch.setattr(host, "_session", lambda: host)
+    monkeypatch.setattr(host, "_move", lambda *_: streams.launch("copy", number))
+    monkeypatch.setattr(runner, "_mark", lambda: streams.launch("begin", number))
+    for number, beside in enumerate((True, False, True)):
+        move = Migration(1, Tier.HOST, 1, blocks, blocks, beside=beside)
+        runner.launch(IterationPlan(number, Mode.INLINE, (move,), ()), {})
+    for number in range(3):
+        assert streams.ordered(("begin", number), ("copy", number))
+        assert not streams.ordered(("copy", number), ("begin", number))
+    assert streams.ordered(("copy", 0), ("begin", 1))
+    assert streams.ordered(("copy", 1), ("begin", 2))

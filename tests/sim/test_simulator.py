@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,15 +14,7 @@ import pytest
 
 from benchmarks import simulate as command
 from gpu_service.scheduling.costs import SweepCosts
-from gpu_service.scheduling.plan import (
-    DecodeRow,
-    IterationPlan,
-    Migration,
-    Mode,
-    PrefillRow,
-    SubBatch,
-    Tier,
-)
+from gpu_service.scheduling.plan import DecodeRow, IterationPlan, Mode, PrefillRow, SubBatch, Tier
 from gpu_service.scheduling.rates import HostRates
 from neo_client.workloads import Lengths, read_workload
 from neo_client.workloads.arrivals import poisson
@@ -31,7 +22,7 @@ from neo_plan.simulator import machine as machine_module
 from neo_plan.simulator.figures import figures
 from neo_plan.simulator.machine import Machine, SweepTime
 from neo_plan.simulator.profile import PROFILES, Curve, Profile, read_profile
-from neo_plan.simulator.run import HealthyHostTier, SimulatedRunner, Trace, simulate
+from neo_plan.simulator.run import Trace, simulate
 from tests.support.fake_model import limits
 from tests.support.mutants import mutated
 
@@ -249,62 +240,6 @@ def test_asymmetric_sweeps_hide_the_host() -> None:
 def test_mutants_of_asymmetric_sweeps_are_found(old: str, new: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         check_asymmetric_sweeps(make(mutated(machine_module, old, new, tmp_path)))
-
-
-def copying(it: IterationPlan, *, beside: bool = True) -> IterationPlan:
-    """With a demotion of 16,000 tokens: 43 ms of the link."""
-    move = Migration(99, Tier.HOST, 16000, blocks(16000), blocks(16000), beside=beside)
-    return dataclasses.replace(it, migrations=(move,))
-
-
-EMPTY = IterationPlan(1, Mode.INLINE, (), ())
-GPU_ALONE = plan(24, 1100)
-SPLIT = (*plan(24, 1100, host=4).batches, *plan(host=4, context=1100).batches)
-
-
-@pytest.mark.parametrize(
-    "it",
-    [
-        EMPTY,
-        GPU_ALONE,
-        IterationPlan(1, Mode.DEFERRED, (), GPU_ALONE.batches),
-        plan(24, 1100, host=4),
-        IterationPlan(1, Mode.ASYMMETRIC, (), SPLIT),
-    ],
-    ids=["copies-alone", "gpu-only", "deferred", "inline", "asymmetric"],
-)
-def test_copies_beside_a_sweep_delay_the_next_one(
-    monkeypatch: pytest.MonkeyPatch, it: IterationPlan
-) -> None:
-    """By what they take longer; and the sweep itself not at all."""
-    machine = make()
-    monkeypatch.setattr(machine, "host_ms", lambda _: 0.0)
-    own = machine.sweep(it, ()).total if it is not EMPTY else 0.0
-    copy_ms = machine.sweep(copying(EMPTY, beside=False), ()).total
-    assert copy_ms == pytest.approx(
-        1e-6 * 16000 * 131072 / machine.profile.link.gbps.value, rel=0.02
-    )
-    beside = machine.sweep(copying(it), ())
-    assert beside.total == pytest.approx(own)
-    before = machine.sweep(copying(it, beside=False), ())
-    assert before.total == pytest.approx(own + copy_ms)
-    runner = SimulatedRunner(machine, 33, HealthyHostTier(100))
-    for each in (copying(it), dataclasses.replace(GPU_ALONE, number=2)):
-        runner.launch(each, {})
-    first, second = runner.sweeps
-    assert second.begin - first.begin == pytest.approx(1e-3 * copy_ms)
-    assert first.end - first.begin == pytest.approx(1e-3 * own)
-
-
-def test_copies_that_hide_delay_nobody() -> None:
-    machine = make()
-    runner = SimulatedRunner(machine, 33, HealthyHostTier(100))
-    long = plan(24, 1100, chunk=4000)
-    for each in (copying(long), dataclasses.replace(GPU_ALONE, number=2)):
-        runner.launch(each, {})
-    first, second = runner.sweeps
-    assert second.begin == pytest.approx(first.end)
-    assert first.time.total > first.time.link > 40
 
 
 def test_a_deferred_row_takes_as_many_sweeps_as_there_are_cohorts() -> None:

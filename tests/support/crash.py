@@ -251,25 +251,28 @@ async def _decoding(system: System, migrating: bool) -> dict[str, Stream]:
 
 
 async def _prefilling(system: System, _: bool) -> dict[str, Stream]:
-    """A prompt that is being computed now, and one behind it; tried again where this process was
-    too slow to see it."""
+    """A prompt that is being computed on the host tier now, and one behind it; tried again where
+    this process was too slow to see it."""
     for _ in range(10):
         before = await until_load(system.engine, lambda load: True)
-        started = asyncio.create_task(
-            until_load(
-                system.engine,
-                lambda load, start=before.iterations_total: (
-                    load.gpu.running_requests + load.host.running_requests >= 1
-                    and load.iterations_total > start
-                ),
-            )
+        first = system.stream("host prompt")
+        await until_load(
+            system.engine,
+            lambda load, start=before.iterations_total, first=first: (
+                (load.host.running_requests == 1 and load.iterations_total > start)
+                or first.tokens > 0
+            ),
         )
-        streams = {name: system.stream(name) for name in ("host prompt", "gpu prompt")}
-        await started
-        if not any(stream.tokens for stream in streams.values()):
-            return streams
-        for stream in streams.values():
-            await stream.task
+        second = system.stream("gpu prompt")
+        await until_load(
+            system.engine,
+            lambda load, first=first: (
+                load.waiting_requests + load.gpu.running_requests == 1 or first.tokens > 0
+            ),
+        )
+        if not first.tokens:
+            return {"host prompt": first, "gpu prompt": second}
+        await asyncio.gather(first.task, second.task)
     raise AssertionError("the prompts are too short")
 
 

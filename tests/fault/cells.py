@@ -98,8 +98,9 @@ class Cell:
         if stream == "late":
             return (DEADLINE_EXCEEDED,)
         if stream == "beside":
-            return (self.row.host,) if self.who is Who.CPU else (OK,)
-        end = self.row.gpu if stream.startswith("gpu") else self.row.host
+            end = self.row.host if self.who is Who.CPU else OK
+        else:
+            end = self.row.gpu if stream.startswith("gpu") else self.row.host
         # Who is on the GPU tier at that moment stays there; and a front end may go on again before
         # the router's pings have gone unanswered for too long.
         spared = self.when is When.MIGRATION and end == HOST_TIER_LOST

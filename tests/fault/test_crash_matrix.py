@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,8 +144,10 @@ async def run_cell(lab: Lab, system: System, cell: Cell) -> None:
     answers = [await runs(lab, stream, cell.ends(name)) for name, stream in streams.items()]
     await drained(system, cell)
     await system.ready()
-    if cell.who is Who.CPU and not cell.short_lease and cell.when is not When.DRAIN:
-        await kept_its_kv(system, before, answers, cell)
+    if cell.who is Who.CPU:  # what is on the host is kept or lost
+        assert not any(answer.usage and answer.usage.recomputations for answer in answers)
+        if not cell.short_lease and cell.when is not When.DRAIN:
+            await kept_its_kv(system, before, cell)
     await serves(lab, system, cell)
     await system.settle(system.baseline)
 
@@ -237,15 +239,10 @@ async def runs(lab: Lab, stream: Stream, ends: tuple[End, ...]) -> Answer:
     return answer
 
 
-async def kept_its_kv(
-    system: System, before: Before, answers: Sequence[Answer], cell: Cell
-) -> None:
+async def kept_its_kv(system: System, before: Before, cell: Cell) -> None:
     """Nothing was computed twice but chunks that the cpu_service had in hand; its memory is the
     same."""
     assert pools(core_of(system.engine)) == before.pools
-    for answer in answers:
-        assert answer.usage is not None
-        assert answer.usage.recomputations == 0
     asked = before.prefilled + system.asked_tokens - before.asked_tokens
     in_hand = 2 * CHUNK_TOKENS if cell.when is When.PREFILL and cell.how is not How.PAUSE else 0
     # Counters come ten times a second at most. A prompt's last token may be a row of its own.

@@ -176,6 +176,7 @@ def scheduler_limits(
         streamed_blocks=staged,
         host_prefill=not device_deals or staged > 0,
         staged_prompts=sweeps is not None and staged > 0,
+        captured_rows=sweeps.table.totals[-1] if sweeps is not None and device_deals else 0,
         copies_beside=device_deals,
         prefix_caching=config.prefix_caching,
         host_lossy=config.host_kv_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),

@@ -5,6 +5,7 @@ Pools are empty at that time, so that nothing can be spoiled."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ class Subject:
     host: HostTier
     runner: Runner
     gpu_blocks: int
+    streamed_blocks: int
     max_batch_tokens: int
     max_running: int
     max_context_tokens: int
@@ -72,10 +74,12 @@ def measure(subject: Subject, progress: Progress) -> StartProfile:
     small, large = (_move_ms(subject, blocks) for blocks in (1, _moved(subject)))
     moved = max(1, (_moved(subject) - 1) * subject.geometry.block_tokens)
     progress(_STAGE, 2, steps)
+    link_token_ms = max(large - small, 0.0) / moved
     rates = HostRates(
         cpu_token_ms=token_ms,
         cpu_sweep_ms=0.0,
-        link_token_ms=max(large - small, 0.0) / moved,
+        link_token_ms=link_token_ms,
+        streamed_token_ms=min(link_token_ms, _streamed_token_ms(subject)),
         move_ms=small,
         deferred_ms=subject.deferred_ms or 0.0,
         inline_ms=few,
@@ -133,6 +137,16 @@ def _move_ms(subject: Subject, blocks: int) -> float:
     ids = np.arange(blocks, dtype=np.int32)
     tokens = blocks * subject.geometry.block_tokens
     return _run_ms(subject, (), (Migration(0, Tier.HOST, tokens, ids, ids),))
+
+
+def _streamed_token_ms(subject: Subject) -> float:
+    """At most: what bounds a sweep with all that staging holds may be the device itself."""
+    blocks = min(subject.streamed_blocks, subject.host.blocks)
+    length = min(blocks * subject.geometry.block_tokens, subject.max_context_tokens)
+    if not length:
+        return math.inf
+    row = DecodeRow(0, 0, length, np.arange(blocks, dtype=np.int32))
+    return _run_ms(subject, (SubBatch(streamed=(row,)),)) / length
 
 
 # -- the device ----------------------------------------------------------------------------------

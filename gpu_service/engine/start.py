@@ -43,6 +43,7 @@ def start_costs(
         host=parts.host,
         runner=runner,
         gpu_blocks=limits.gpu_blocks,
+        streamed_blocks=limits.streamed_blocks,
         max_batch_tokens=limits.max_batch_tokens,
         max_running=limits.max_running,
         max_context_tokens=limits.max_context_tokens,

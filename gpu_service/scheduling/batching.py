@@ -148,13 +148,13 @@ def _streamed_room(tokens: float, host: Sequence[Choice], block_tokens: int) -> 
 
 def _prompts_share(state: SchedulerState, ready: Sequence[Choice]) -> int:
     """Blocks of staging that prompts come to before streamed rows: those under way, and the one
-    that would be next."""
+    that would be next if the host tier wants it."""
     limits = state.limits
     if not limits.staged_prompts:
         return 0
     prompts = [c for c in ready if c.tier is Tier.HOST and not c.is_decoding]
     waiting = next(iter(state.waiting), None)
-    if waiting is not None and Tier.HOST in state.start_tiers(waiting):
+    if waiting and Tier.HOST in state.start_tiers(waiting) and state.host_takes(waiting):
         needed = blocks_for(waiting.length, limits.block_tokens)
         prompts += [waiting] if state.fits(Tier.HOST, needed) else []
     share = 0

@@ -35,6 +35,8 @@ def chunk_budget(state: SchedulerState, costs: SweepCosts | None, batch: BatchBu
     in_first = waited // 2 if state.splits else waited  # of two sub-batches, about
     padded = costs.padded_decode(decode) + beside + in_first
     limit = state.limits.max_batch_tokens
+    if state.limits.captured_rows and state.running_on(Tier.HOST):
+        limit = min(limit, state.limits.captured_rows)
     sizes = [size for size in costs.mixed_sizes if padded < size <= limit]
     if not sizes:
         return batch.budget

@@ -48,6 +48,10 @@ class SchedulerLimits:
     demoted once it decodes."""
     staged_prompts: bool = False
     """Prompts for the host tier go through the device's staging, and count in `streamed_blocks`."""
+    captured_rows: int = 0
+    """Padded rows of the largest sweep that is one launch, if larger ones are not to have prompts
+    while the host tier has choices: with its exchange they are launched kernel by kernel, which
+    takes longer than the device does. 0: any."""
     copies_beside: bool = False
     """The device copies KV of choices that have no row in a sweep beside it."""
     prefix_caching: bool = False

@@ -19,7 +19,7 @@ import msgspec
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import SubBatch
 from gpu_service.scheduling.rates import HostRates
-from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED, INLINE, SweepWork
+from gpu_service.scheduling.work import ASYMMETRIC, DEFERRED, GPU_ONLY, INLINE, SweepWork
 
 _NEWEST = 0.05
 """Weight of the newest sweep."""
@@ -68,7 +68,7 @@ class Predictor:
         rates = self.rates
         moved = work.moved_tokens * rates.link_token_ms + work.moves * rates.move_ms
         copied = work.copied_tokens * rates.link_token_ms + work.copies * rates.move_ms
-        link = work.link_tokens * rates.link_token_ms
+        link = work.link_tokens * rates.streamed_token_ms
         on_link = moved + link + copied
         attention = work.context * self.costs.context_ms
         streamed = rates.streamed_ms if work.streamed else 0.0
@@ -153,10 +153,14 @@ class Predictor:
         what sweeps of the device alone tell, is known better from there."""
         name = ""
         if work.moves or predicted.link >= predicted.total:
-            tokens = work.moved_tokens + work.link_tokens
-            # How much of the link copies beside it took from the sweep, nobody knows.
-            if tokens and not work.copies:
-                self._add("link_token_ms", error / tokens)
+            # How much of the link copies beside it took from the sweep, nobody knows; nor whose
+            # error it is where rows follow migrations on it.
+            if work.moved_tokens and not (work.copies or work.link_tokens):
+                self._add("link_token_ms", error / work.moved_tokens)
+            # A host that comes late looks like a slow link: the more it seemed to cost the sooner
+            # it would be blamed again. On a card it doubled within 20 s.
+            if work.link_tokens and work.way == GPU_ONLY and not (work.copies or work.moves):
+                self._add("streamed_token_ms", error / work.link_tokens)
             return
         if predicted.cpu >= predicted.total and error > 0:
             return

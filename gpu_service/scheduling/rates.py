@@ -13,7 +13,9 @@ class HostRates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cpu_sweep_ms: float = 0.0
     """The host's attention beside that, for each sweep."""
     link_token_ms: float = 0.0
-    """A KV token over the link, either way."""
+    """A KV token over the link, either way, that a migration copies."""
+    streamed_token_ms: float = 0.0
+    """A KV token over the link that a sweep's rows read or write there."""
     move_ms: float = 0.0
     """A migration beside its tokens."""
     deferred_ms: float = 0.0

@@ -163,6 +163,7 @@ class Machine:
         return HostRates(
             cpu_token_ms=self._host_attention_ms(1),
             link_token_ms=self._link_ms(self._host_kv_bytes),
+            streamed_token_ms=self._link_ms(self._host_kv_bytes),
             move_ms=1e-3 * link.copy_us.value,
             deferred_ms=1e-3 * layers * link.deferred_layer_us.value,
             streamed_ms=1e-3 * layers * link.streamed_layer_us.value,

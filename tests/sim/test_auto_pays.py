@@ -136,7 +136,9 @@ def test_the_host_hides_behind_the_device() -> None:
 # -- the decision alone ----------------------------------------------------------------------
 
 COSTS = SweepCosts({1: 7.0, 64: 7.5}, {64: 8.0, 256: 10.0}, 5e-5)
-RATES = HostRates(cpu_token_ms=1.2e-3, link_token_ms=2.5e-3, deferred_ms=0.35)
+RATES = HostRates(
+    cpu_token_ms=1.2e-3, link_token_ms=2.5e-3, streamed_token_ms=2.5e-3, deferred_ms=0.35
+)
 LIMITS = limits(cohorts=33, cohort_rows=16, auto=True, inline=False, host_prefill=False)
 CROWD = Demand(
     choices=500, gpu_rows=22, context=1100, prompt=1000, output=200, host_choices=600,
@@ -200,7 +202,9 @@ def test_copies_beside_sweeps_that_wait_for_their_rows_are_not_free(way: str) ->
     )  # fmt: skip
 
     def found(link_token_ms: float) -> Decision:
-        rates = msgspec.structs.replace(RATES, cpu_token_ms=1e-4, link_token_ms=link_token_ms)
+        rates = msgspec.structs.replace(
+            RATES, cpu_token_ms=1e-4, link_token_ms=link_token_ms, streamed_token_ms=link_token_ms
+        )
         predictor = Predictor(COSTS, rates)
         return decide(with_(on_host=0), predictor, bounds, Decision(), must_offload=False)
 

@@ -37,7 +37,9 @@ def changed(rates: HostRates, **changes: float) -> HostRates:
     return msgspec.structs.replace(rates, **changes)
 
 
-QUICK = HostRates(cpu_token_ms=1e-3, link_token_ms=1e-4, move_ms=0.01, deferred_ms=0.01)
+QUICK = HostRates(
+    cpu_token_ms=1e-3, link_token_ms=1e-4, streamed_token_ms=1e-4, move_ms=0.01, deferred_ms=0.01
+)
 
 
 def costs() -> SweepCosts:

@@ -13,6 +13,8 @@ _BESIDE_CHUNKS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 # Dense layers of Llama-3-8B on an H100 take 5.5-5.8 ms for 1-64 rows, 6.4 for 128, 7.6 for 256,
 # 10.9 for 384, 12.9 for 512: the steps of cuBLAS's tiles. 448 rows took 16 ms.
 _TOTAL_ROWS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
+CAPTURED_ROWS = _TOTAL_ROWS[-1]
+"""The most, of sweeps with prompts."""
 _EAGER_ROWS = (1024, 2048, 4096, 8192)
 _CHUNKS = 16
 """Prompt chunks of a captured sweep: padding ones cost an empty program each."""
@@ -167,7 +169,7 @@ def shape_table(
     sizes = [size for size in _LANE_ROWS if size <= most] if lanes else []
     pairs = [(size, 0) for size in sizes]
     if lanes > 1:
-        pairs += [(size, size) for size in sizes if 2 * size < _TOTAL_ROWS[-1]]
+        pairs += [(size, size) for size in sizes if 2 * size < CAPTURED_ROWS]
     return ShapeTable(
         (*decode, max_running), _TOTAL_ROWS, _CHUNKS, more_chunks, eager, host, tuple(pairs)
     )

@@ -15,7 +15,7 @@ from tests.support.engine import config, greedy, local_core, prompt, run
 from tests.support.models import tiny_model_dir
 
 PROFILE = StartProfile(
-    rates=HostRates(cpu_token_ms=0.001, link_token_ms=2e-3),
+    rates=HostRates(cpu_token_ms=0.001, link_token_ms=2e-3, streamed_token_ms=1e-3),
     decode_ms={1: 5.0, 16: 6.0},
     mixed_ms={64: 7.0},
 )

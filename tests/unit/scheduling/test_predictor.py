@@ -25,7 +25,7 @@ from gpu_service.scheduling.steering import Steering
 from gpu_service.scheduling.work import ASYMMETRIC, GPU_ONLY, INLINE, SweepWork
 from tests.support.fake_model import limits
 
-RATES = HostRates(cpu_token_ms=1e-3, link_token_ms=0.01, deferred_ms=0.5)
+RATES = HostRates(cpu_token_ms=1e-3, link_token_ms=0.01, streamed_token_ms=0.01, deferred_ms=0.5)
 DECODE_MS = 4.7
 COPY_MS = 30.0
 BLOCKS = np.zeros(1, np.int32)
@@ -102,8 +102,11 @@ def test_the_link_is_learnt_from_those_who_wait_for_it() -> None:
         sweep(waited, plan(number, copy=True, beside=False), 2 * COPY_MS + DECODE_MS)
         sweep(streamed, plan(number, streamed=tokens), 3 * COPY_MS)
         sweep(shared, plan(number, streamed=tokens, copy=True), 3 * COPY_MS)
-    links = [predictor_of(made).rates.link_token_ms for made in (waited, streamed, shared)]
-    assert links == pytest.approx([0.02, 0.015, 0.01], rel=0.02)
+    made = [predictor_of(one).rates for one in (waited, streamed, shared)]
+    links = [rates.link_token_ms for rates in made]
+    assert links == pytest.approx([0.02, 0.01, 0.01], rel=0.02)
+    links = [rates.streamed_token_ms for rates in made]
+    assert links == pytest.approx([0.01, 0.015, 0.01], rel=0.02)
 
 
 @pytest.mark.parametrize("way", [GPU_ONLY, INLINE, ASYMMETRIC])

@@ -101,3 +101,19 @@ def test_an_engine_measures_once_and_starts_from_it(tmp_path: Path) -> None:
     accounts = again.scheduler.steering.accounts
     assert sum(accounts.iterations.values()) > 12
     assert accounts.actual_ms > 0
+
+
+@pytest.mark.parametrize("blocks", [0, 8])
+def test_what_streams_costs_a_migrations_token_at_most(tmp_path: Path, blocks: int) -> None:
+    """Reading is measured where there is staging to read into."""
+    model = load_model(tiny_model_dir(tmp_path, "llama", head_dim=16), dtype="float32")
+    made = config(
+        "tiny", offload="auto", offload_mode="auto", gpu_kv_blocks=24, cpu_services=("local",),
+        streamed_kv_blocks=blocks,
+    )  # fmt: skip
+    predictor = local_core(made, model, host_blocks=64).scheduler.steering.predictor
+    assert predictor is not None
+    rates = predictor.rates
+    assert (0 < rates.streamed_token_ms <= rates.link_token_ms) or rates.link_token_ms == 0
+    if not blocks:
+        assert rates.streamed_token_ms == rates.link_token_ms

@@ -11,6 +11,7 @@ Copies beside a sweep are no part of its time, nor of the next one's, which begi
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from dataclasses import dataclass
 
@@ -29,7 +30,9 @@ counts as much as all that was believed before."""
 _PAUSE = 4
 """What takes so many times longer than expected is the machine's doing, and not the sweep's."""
 _REMEMBERED = 64
-"""Sweeps that tell how unequal sweeps are."""
+"""Sweeps that tell how unequal sweeps are, and iterations what they take beside them."""
+_FEW = 8
+"""Iterations that tell nothing yet."""
 _REPORT_SECONDS = 2e-3
 """The host's reports on less work than that are collected first."""
 
@@ -57,7 +60,9 @@ class Predictor:
         self.rates = rates
         self.error = 0.0
         """Moving average of |predicted - actual| / the larger, of sweeps with host rows."""
-        self._beside_ms: dict[bool, float] = {}
+        self._beside_ms: dict[bool, deque[float]] = {
+            offloads: deque(maxlen=_REMEMBERED) for offloads in (False, True)
+        }
         self._device_ms: deque[float] = deque(maxlen=_REMEMBERED)
         self._reports = 0
         self._unused = (0.0, 0.0, 0)
@@ -200,14 +205,17 @@ class Predictor:
         self.rates = msgspec.structs.replace(self.rates, cpu_token_ms=value)
 
     def beside_ms(self, offloads: bool) -> float:
-        """Moving average of what iterations take beside their sweep: what the engine's own thread
-        costs, as far as no sweep hides it. Of those with host rows, or of the device alone; as long
-        as one of the two has not been seen, the other's."""
-        known = self._beside_ms
-        return known.get(offloads, known.get(not offloads, 0.0))
+        """What an iteration takes beside its sweep: what the engine's own thread costs, as far as
+        no sweep hides it. Of those with host rows, or of the device alone; as long as too few of
+        one of the two have been seen, the other's.
+
+        A median: the first iterations compile and load kernels, and those of the device alone may
+        end with them."""
+        for kind in (offloads, not offloads):
+            if len(self._beside_ms[kind]) >= _FEW:
+                return statistics.median(self._beside_ms[kind])
+        return 0.0
 
     def observe_iteration(self, offloads: bool, seconds: float, device_seconds: float) -> None:
         """One with or without host rows took so long, of which the device so much."""
-        beside = max(0.0, 1e3 * (seconds - device_seconds))
-        known = self._beside_ms.setdefault(offloads, beside)
-        self._beside_ms[offloads] += _NEWEST * (min(beside, 10 * known + 10) - known)
+        self._beside_ms[offloads].append(max(0.0, 1e3 * (seconds - device_seconds)))

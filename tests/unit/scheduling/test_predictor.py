@@ -118,3 +118,22 @@ def test_copies_beside_a_sweep_are_no_part_of_its_time(way: str) -> None:
     assert copied.total == alone.total
     assert copied.gpu == alone.gpu
     assert copied.link == pytest.approx(alone.link + COPY_MS)
+
+
+def test_a_first_iteration_that_compiles_does_not_count_for_ever() -> None:
+    """Once everybody offloads there is no other iteration of the device alone to correct it."""
+    known = Predictor(SweepCosts({8: 5.0}, {64: 6.0}, 0.0), RATES)
+    known.observe_iteration(False, 2.0, 5e-3)
+    for _ in range(20):
+        known.observe_iteration(False, 5.1e-3, 5e-3)
+    assert known.beside_ms(False) == pytest.approx(0.1)
+
+
+def test_few_iterations_tell_nothing() -> None:
+    known = Predictor(SweepCosts({8: 5.0}, {64: 6.0}, 0.0), RATES)
+    for _ in range(3):
+        known.observe_iteration(False, 2.0, 5e-3)
+    assert known.beside_ms(False) == known.beside_ms(True) == 0
+    for _ in range(20):
+        known.observe_iteration(True, 5.3e-3, 5e-3)
+    assert known.beside_ms(False) == known.beside_ms(True) == pytest.approx(0.3)

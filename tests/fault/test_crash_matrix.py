@@ -27,6 +27,7 @@ from tests.support.crash import (
     Who,
     bring_to,
     core_of,
+    live_requests,
     metric,
     running_system,
     strike,
@@ -129,10 +130,8 @@ async def test_cell(lab: Lab, cell: Cell) -> None:
 
 async def run_cell(lab: Lab, system: System, cell: Cell) -> None:
     before = await look(system)
-    streams = await bring_to(system, cell.when, cell.who)
-    if cell.who is Who.ROUTER and cell.how is How.HANG:
-        streams["late"] = system.stream("host", seconds=CALL_SECONDS)
-        await streams["late"].until(1)
+    late = CALL_SECONDS if (cell.who, cell.how) == (Who.ROUTER, How.HANG) else None
+    streams = await bring_to(system, cell.when, cell.who, late)
     await hit(system, cell)
     await outage(lab, system, cell, streams)
     if cell.row.exit is None:
@@ -191,11 +190,8 @@ async def noticed(system: System, cell: Cell, streams: Mapping[str, Stream]) -> 
     if cell.who is Who.ROUTER:
         assert (await streams["late"].task).error is grpc.StatusCode.DEADLINE_EXCEEDED
         # Its KV is free by the engine's own clock: the router can tell it nothing.
-        live = len(streams) - 2
-        await until_load(
-            system.engine,
-            lambda load: load.gpu.running_requests + load.host.running_requests <= live,
-        )
+        others = len(streams.keys() - {"beside", "late"})
+        await until_load(system.engine, lambda load: live_requests(load) <= others)
     elif cell.who is Who.FRONT:
         await system.until_backend(router_pb2.BACKEND_STATE_DOWN)
     elif cell.who is Who.CORE:

@@ -208,6 +208,10 @@ def _is_up(load: engine_pb2.LoadSnapshot) -> bool:
     return load.host_tier_state == engine_pb2.HOST_TIER_STATE_UP
 
 
+def live_requests(load: engine_pb2.LoadSnapshot) -> int:
+    return load.waiting_requests + load.gpu.running_requests + load.host.running_requests
+
+
 async def until_load(
     engine: Service, reached: Callable[[engine_pb2.LoadSnapshot], bool]
 ) -> engine_pb2.LoadSnapshot:
@@ -217,17 +221,24 @@ async def until_load(
     raise AssertionError("the load stream ended")
 
 
-async def bring_to(system: System, when: When, who: Who) -> dict[str, Stream]:
-    """Streams that are at that moment, by their names; one of the neighbour's, too."""
-    if when is When.IDLE:
-        return {}
-    beside = system.stream("host", system.neighbour)
-    await beside.until(1)
-    under_way = _prefilling if when is When.PREFILL else _decoding
-    streams = await under_way(system, when is When.MIGRATION)
+async def bring_to(
+    system: System, when: When, who: Who, late_seconds: float | None = None
+) -> dict[str, Stream]:
+    """Streams that are at that moment, by their names; one of the neighbour's, too, and "late", if
+    asked for: a call with that deadline."""
+    streams = {}
+    if when is not When.IDLE:
+        beside = system.stream("host", system.neighbour)
+        await beside.until(1)
+        under_way = _prefilling if when is When.PREFILL else _decoding
+        streams = {**await under_way(system, when is When.MIGRATION), "beside": beside}
+    if late_seconds is not None:
+        others = len(streams.keys() - {"beside"})
+        streams["late"] = system.stream("host", seconds=late_seconds)
+        await until_load(system.engine, lambda load: live_requests(load) > others)
     if when is When.DRAIN:
         await _drain(system, who)
-    return {**streams, "beside": beside}
+    return streams
 
 
 async def _decoding(system: System, migrating: bool) -> dict[str, Stream]:

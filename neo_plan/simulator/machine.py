@@ -8,7 +8,8 @@ asymmetric   launched as well, twice; the host attends for one sub-batch beside 
              layers * (max(dense(0) + small(0) + GPU attention, host attention(1))
                        + max(dense(1) + small(1), host attention(0)))
 deferred     captured, host rows beside the others:
-             max(gpu_only + exchange, host attention of what is under way, link)
+             max(gpu_only + exchange, host attention of what is under way, link,
+             what both read of the host's memory)
 streamed     rows of any of these: GPU attention over KV that comes over the link beside the sweep
 migrations   over the link, before the sweep or, those that nobody in it needs, beside it: the next
              one begins behind them
@@ -135,7 +136,8 @@ class Machine:
             gpu += self._dense_ms(batch.tokens + len(under_way) / (self.spec.layers + 1))
             gpu -= self._dense_ms(batch.tokens)
             cpu = self._host_attention_ms(sum(under_way)) / (self.spec.layers + 1)
-        total = max(gpu, cpu, moved + self._on_link_ms(batch))
+        read = self._memory_ms(sum(under_way) / (self.spec.layers + 1), batch)
+        total = max(gpu, cpu, moved + self._on_link_ms(batch), moved + read)
         mode = GPU_ONLY if plan.mode is Mode.INLINE else plan.mode.value
         queued = self._device_deals or plan.mode is Mode.INLINE
         return SweepTime(mode, total, gpu, cpu, link, queued)
@@ -225,6 +227,12 @@ class Machine:
 
     def _streamed_ms(self, batch: SubBatch) -> float:
         return self._link_ms(sum(row.length for row in batch.streamed) * self._host_kv_bytes)
+
+    def _memory_ms(self, context: float, batch: SubBatch) -> float:
+        """The host's memory gives what its own attention reads, and what the link carries."""
+        attention = 1e-6 * context * self._host_kv_bytes / self.profile.cpu.read_gbps.value
+        share = self.profile.link.gbps.value / self.profile.cpu.read_gbps.value
+        return attention + share * self._on_link_ms(batch)
 
     def _on_link_ms(self, batch: SubBatch) -> float:
         """What its rows need of the link."""

@@ -88,3 +88,19 @@ def test_copies_that_hide_delay_nobody() -> None:
     first, second = runner.sweeps
     assert second.begin == pytest.approx(first.end)
     assert first.time.total > first.time.link > 40
+
+
+def test_the_link_and_the_hosts_attention_read_the_same_memory() -> None:
+    """Each fits into the sweep of the other, and both together take longer."""
+    machine = make()
+    streamed = tuple(DecodeRow(i, 0, 1300, NOWHERE) for i in range(10, 13))
+    under_way = [1100] * 33 * 8
+    batch = SubBatch(streamed=streamed)
+    alone = machine.sweep(IterationPlan(1, Mode.DEFERRED, (), (SubBatch(),)), under_way)
+    both = machine.sweep(IterationPlan(1, Mode.DEFERRED, (), (batch,)), under_way)
+    assert alone.total == pytest.approx(alone.cpu)
+    assert both.link < both.cpu == alone.cpu
+    assert both.gpu < both.cpu
+    read = 1e-6 * 131072 * (sum(under_way) / 33 + 3 * 1300)
+    assert both.total == pytest.approx(read / machine.profile.cpu.read_gbps.value)
+    assert both.total > 1.15 * alone.total

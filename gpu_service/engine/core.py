@@ -27,7 +27,7 @@ from gpu_service.engine.statistics import IterationStatistics, LoadRates
 from gpu_service.engine.traces import RequestTraces
 from gpu_service.model.sampling import SamplingRow
 from gpu_service.model.structured import Guide, Guides
-from gpu_service.offload.host_tier import HostTier
+from gpu_service.offload.host_tier import HostTier, HostTierState
 from gpu_service.pipeline.launch import LaunchedSweep, Runner
 from gpu_service.scheduling.plan import IterationPlan, Mode, SweepResult, Tier
 from gpu_service.scheduling.request import Choice
@@ -239,8 +239,9 @@ class EngineCore:
 
     def _load(self) -> Load:
         scheduler, state = self.scheduler, self.scheduler.state
+        host = self.host.state
         return Load(
-            host_tier_state=self.host.state.value,
+            host_tier_state=(HostTierState.LOST if host.is_lost else host).value,
             gpu=self._tier_load(Tier.GPU),
             host=self._tier_load(Tier.HOST),
             waiting_requests=scheduler.waiting_requests,

@@ -28,13 +28,19 @@ if TYPE_CHECKING:  # the scheduler reads `HostTierState` and runs without torch
 
 class HostTierState(enum.Enum):
     """OFF: there is none. UP: in use. DEGRADED: the cpu_service is away and its lease has not run
-    out; KV is kept. LOST: the KV is gone (lease expired, or the grpc transport's peer died); seen
-    for one `poll` at least, before the tier is UP again with an empty pool."""
+    out; KV is kept. LOST: the KV is gone (restarted without it, or the grpc transport's peer died).
+    EXPIRED: it is gone with the lease. Either is seen for one `poll` at least, before the tier is
+    UP again with an empty pool."""
 
     OFF = "off"
     UP = "up"
     DEGRADED = "degraded"
     LOST = "lost"
+    EXPIRED = "expired"
+
+    @property
+    def is_lost(self) -> bool:
+        return self in (HostTierState.LOST, HostTierState.EXPIRED)
 
 
 class HostTierStalled(Exception):

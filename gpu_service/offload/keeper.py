@@ -5,7 +5,7 @@ it up with the lease.
                                           |
                                    lease over / KV gone
                                           v
-                                        LOST --opened anew--> UP (empty pool, next generation)
+                             EXPIRED / LOST --opened anew--> UP (empty pool, next generation)
 
 All of it happens in one thread. What the engine core sees is a `View`, replaced as a whole, which
 it takes over when it polls; so nothing changes under it in the middle of an iteration.
@@ -112,6 +112,8 @@ class View:
 class SessionKeeper:
     def __init__(self, shape: HostShape, options: HostTierOptions, transport: Transport) -> None:
         self.view = View(HostTierState.DEGRADED, None, 1, True)
+        self.loss = HostTierState.LOST
+        """How the generation before this one ended: LOST or EXPIRED."""
         self._shape = shape
         self._options = options
         self._transport = transport
@@ -365,17 +367,18 @@ class SessionKeeper:
             return
         view = self.view
         if time.monotonic() - self._last_heard > self._options.lease_seconds:
-            self._lose("its lease is over")
+            self._lose("its lease is over", HostTierState.EXPIRED)
         elif view.attachment is not None and not view.quiet and view.attachment.quiet():
             self.view = View(view.state, view.attachment, view.generation, True)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, loss: HostTierState = HostTierState.LOST) -> None:
         _log.error("host tier: the KV is lost: %s", reason)
         self._transport.forget()
         self._has_kv = False
         self._release_old()
         self._session_id = os.urandom(16).hex()
-        self.view = View(HostTierState.LOST, None, self.view.generation + 1, False)
+        self.loss = loss
+        self.view = View(loss, None, self.view.generation + 1, False)
 
 
 def _possible(stats: pb.SessionStats) -> bool:

@@ -67,9 +67,9 @@ class SessionTier(ABC):
         view = self._keeper.view
         if view is self._view:
             return
-        if view.generation != self._view.generation and self._state is not HostTierState.LOST:
+        if view.generation != self._view.generation and not self._state.is_lost:
             # Seen for one poll at least, even if a new session is up already.
-            self._state = HostTierState.LOST
+            self._state = self._keeper.loss
             self._let_go()
             return
         self._view, self._state = view, view.state

@@ -35,9 +35,6 @@ from gpu_service.scheduling.request import Choice, ChoiceState, Request
 from gpu_service.scheduling.state import SchedulerState
 from gpu_service.scheduling.steering import Steering
 
-LEASE_EXPIRED_SHARE = 0.9
-"""A host tier that is LOST after this part of the lease was lost by its expiry; the two clocks
-differ a little."""
 QUEUE_FULL_RETRY_SECONDS = 1.0
 """When to come back after a full queue, until something better is known."""
 HOST_AVERAGE_WEIGHT = 0.2
@@ -124,19 +121,19 @@ class Scheduler:
             return
         if self._host_away_since is None:
             self._host_away_since = now
-        expired = now - self._host_away_since >= LEASE_EXPIRED_SHARE * self.limits.lease_seconds
-        if host is HostTierState.LOST and not self._host_lost:
+        if host.is_lost and not self._host_lost:
             self._host_lost = True
             state.pools[Tier.HOST].forget()
             for choice in state.running_on(Tier.HOST):
                 if choice.state is not ChoiceState.RUNNING:
                     continue  # it ended with another choice of its request
-                if expired:
+                if host is HostTierState.EXPIRED:
                     self._fail(choice.request, _HOST_LOST)
                 else:
                     # It may go on elsewhere, or here once the host tier is back.
                     state.preempt(choice)
-        if expired and host is not HostTierState.DEGRADED:
+        away = now - self._host_away_since >= self.limits.lease_seconds
+        if host is HostTierState.EXPIRED or (away and host is not HostTierState.DEGRADED):
             self._end_host_only()
 
     def _end_host_only(self) -> None:

@@ -148,7 +148,7 @@ def test_a_lease_that_runs_out_loses_the_kv_and_a_new_session_follows(
         mirror.fill(tier)
         kill(service)
         poll_until(tier, HostTierState.DEGRADED)
-        assert 0.5 < poll_until(tier, HostTierState.LOST) < 3.0
+        assert 0.5 < poll_until(tier, HostTierState.EXPIRED) < 3.0
         with pytest.raises(HostTierStalled):
             tier.read_kv(0, torch.arange(1))
         service.start()

@@ -49,8 +49,9 @@ def test_new_requests_start_on_the_gpu_while_others_wait_for_the_host() -> None:
 
 def test_a_host_tier_lost_by_its_lease_ends_its_requests() -> None:
     machine = host_and_gpu()
-    away(machine, HostTierState.DEGRADED, 30.0)
-    away(machine, HostTierState.LOST, 2.0)
+    # The scheduler's clock says less than the lease: the tier's own is what counts.
+    away(machine, HostTierState.DEGRADED, 25.0)
+    away(machine, HostTierState.EXPIRED, 2.0)
     assert machine.refused == {"host": "HOST_TIER_LOST"}
     machine.run()
     assert len(machine.outputs["gpu", 0]) == 40
@@ -58,7 +59,9 @@ def test_a_host_tier_lost_by_its_lease_ends_its_requests() -> None:
 
 
 def test_kv_lost_within_the_lease_is_computed_again() -> None:
+    """However long the tier seems to have been away here."""
     machine = host_and_gpu()
+    away(machine, HostTierState.DEGRADED, 32.0)
     away(machine, HostTierState.LOST, 3.0)
     machine.host = HostTierState.UP
     machine.run()

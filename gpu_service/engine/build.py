@@ -56,6 +56,10 @@ def build_core(config: GpuServiceConfig, progress: Progress | None = None) -> Bu
     device = resolve_device(config.device)
     if streamed_blocks(config) and device.type != "cpu" and config.offload_transport != "shm":
         raise ValueError(f"streamed_kv_blocks needs offload_transport shm on {device.type}")
+    if streamed_blocks(config) and device.type == "cuda":
+        from gpu_service.pipeline.cuda.copy_engine import check_cuda
+
+        check_cuda()
     batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS[device.type]
     config = replace(config, max_batch_tokens=batch_tokens)
     spec = read_spec(config.model)
@@ -176,7 +180,7 @@ def scheduler_limits(
         streamed_blocks=staged,
         host_prefill=not device_deals or staged > 0,
         staged_prompts=sweeps is not None and staged > 0,
-        captured_rows=sweeps.table.totals[-1] if sweeps is not None and device_deals else 0,
+        captured_rows=sweeps.table.totals[-1] if sweeps is not None and sweeps.table.host else 0,
         copies_beside=device_deals,
         prefix_caching=config.prefix_caching,
         host_lossy=config.host_kv_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),

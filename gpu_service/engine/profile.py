@@ -141,12 +141,16 @@ def _move_ms(subject: Subject, blocks: int) -> float:
 
 def _streamed_token_ms(subject: Subject) -> float:
     """At most: what bounds a sweep with all that staging holds may be the device itself."""
-    blocks = min(subject.streamed_blocks, subject.host.blocks)
-    length = min(blocks * subject.geometry.block_tokens, subject.max_context_tokens)
-    if not length:
+    size, blocks = subject.geometry.block_tokens, min(subject.streamed_blocks, subject.host.blocks)
+    each = min(blocks, subject.max_context_tokens // size)
+    if not each:
         return math.inf
-    row = DecodeRow(0, 0, length, np.arange(blocks, dtype=np.int32))
-    plan = IterationPlan(0, Mode.INLINE, (), (SubBatch(streamed=(row,)),))
+    ids = np.arange(blocks, dtype=np.int32)
+    rows = tuple(
+        DecodeRow(first, 0, each * size, ids[first : first + each])
+        for first in range(0, blocks - each + 1, each)
+    )[: subject.max_running]
+    plan = IterationPlan(0, Mode.INLINE, (), (SubBatch(streamed=rows),))
 
     def seconds() -> float:
         begin = time.perf_counter()
@@ -154,7 +158,8 @@ def _streamed_token_ms(subject: Subject) -> float:
         return result.device_seconds or time.perf_counter() - begin
 
     seconds()
-    return 1e3 * statistics.median(seconds() for _ in range(_REPEATS)) / length
+    tokens = sum(row.length for row in rows)
+    return 1e3 * statistics.median(seconds() for _ in range(_REPEATS)) / tokens
 
 
 # -- the device ----------------------------------------------------------------------------------

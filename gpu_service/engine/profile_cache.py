@@ -16,7 +16,7 @@ import msgspec
 from gpu_service.scheduling.rates import HostRates
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 1
+_VERSION = 2
 """Of what is measured, and how: profiles of other versions are measured again."""
 NOWHERE = "none"
 

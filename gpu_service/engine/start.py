@@ -86,5 +86,6 @@ def _facts(config: GpuServiceConfig, limits: SchedulerLimits, parts: EngineParts
         "model": f"{sizes} {heads} {parts.model.dtype} {config.quantization}",
         "host": f"{config.host_kv_dtype} {config.offload_transport} {config.block_tokens}",
         "threads": str(config.threads),
-        "tokens": f"{limits.max_batch_tokens} {limits.max_running}",
+        "tokens": f"{limits.max_batch_tokens} {limits.max_running} {limits.max_context_tokens}",
+        "streamed": str(limits.streamed_blocks),
     }

@@ -30,16 +30,18 @@ def chunk_budget(state: SchedulerState, costs: SweepCosts | None, batch: BatchBu
     if costs is None:
         return batch.budget
     decode, context = batch.device_rows
-    beside = state.limits.cohort_rows if state.running_on(Tier.HOST) else 0
+    with_host = state.usable(Tier.HOST) and bool(state.running_on(Tier.HOST))
+    beside = state.limits.cohort_rows if with_host else 0
     waited = 0 if state.defers else batch.host_rows
     in_first = waited // 2 if state.splits else waited  # of two sub-batches, about
     padded = costs.padded_decode(decode) + beside + in_first
     limit = state.limits.max_batch_tokens
-    if state.limits.captured_rows and state.running_on(Tier.HOST):
-        limit = min(limit, state.limits.captured_rows)
     sizes = [size for size in costs.mixed_sizes if padded < size <= limit]
     if not sizes:
         return batch.budget
+    if with_host and state.limits.captured_rows:
+        # If there is no room for a chunk in those, the smallest of the others.
+        sizes = [size for size in sizes if size <= state.limits.captured_rows] or sizes[:1]
     prefilling, tokens = _prompts(state)
     lost = prefilling + _missing_host_rows(state)
     idle = costs.decode_ms(decode, context) * (1 - lost / decode) if decode else 0.0

@@ -52,12 +52,16 @@ class SweepCosts:
         """A sweep of `rows` rows, prompt chunks among them; `context` of its decode rows alone."""
         return self._mixed[_padded(self._mixed, rows)] + context * self.context_ms
 
-    def chunks_for(self, decode: int, rows: float) -> list[tuple[float, int]]:
+    def chunks_for(self, decode: int, rows: float, most: int = 0) -> list[tuple[float, int]]:
         """Shares of sweeps and the rows of their chunks, so that beside `decode` decode rows
         `rows` prompt rows are computed a sweep on average: by two sizes that are next to it. More
-        than the largest takes (a share above 1) is that size so many times."""
+        than the largest takes (a share above 1) is that size so many times. `most`: rows of the
+        largest; 0: any."""
         padded = self.padded_decode(decode)
-        sizes = [0, *(size - padded for size in self._mixed if size > padded)]
+        larger = [size for size in self._mixed if size > padded]
+        if most:
+            larger = [size for size in larger if size <= most] or larger[:1]
+        sizes = [0, *(size - padded for size in larger)]
         if len(sizes) == 1 or rows <= 0:
             return [(1.0, 0)]
         if rows >= sizes[-1]:

@@ -49,9 +49,9 @@ class SchedulerLimits:
     staged_prompts: bool = False
     """Prompts for the host tier go through the device's staging, and count in `streamed_blocks`."""
     captured_rows: int = 0
-    """Padded rows of the largest sweep that is one launch, if larger ones are not to have prompts
-    while the host tier has choices: with its exchange they are launched kernel by kernel, which
-    takes longer than the device does. 0: any."""
+    """Deferred: padded rows of the largest sweep that is one launch, if larger ones are not to have
+    prompts while the host tier has choices: with its exchange they are launched kernel by kernel,
+    which takes longer than the device does. 0: any."""
     copies_beside: bool = False
     """The device copies KV of choices that have no row in a sweep beside it."""
     prefix_caching: bool = False
@@ -80,6 +80,7 @@ class SchedulerLimits:
             "cohorts",
             "cohort_rows",
             "streamed_blocks",
+            "captured_rows",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

@@ -132,7 +132,8 @@ def _judge(
     if candidate.offloads and not limits.host_prefill:
         moves = _moves_ms(candidate, demand, predictor, sweeps)
     before, beside = (0.0, moves) if limits.copies_beside else (moves, 0.0)
-    time = before + _time(candidate, demand, predictor, rows, beside)
+    most = limits.captured_rows if candidate.offloads else 0
+    time = before + _time(candidate, demand, predictor, rows, beside, most)
     streamed = candidate.streamed_rows * demand.host_context
     return replace(
         candidate,
@@ -160,10 +161,15 @@ def _moves_ms(candidate: Decision, demand: Demand, predictor: Predictor, sweeps:
 
 
 def _time(
-    candidate: Decision, demand: Demand, predictor: Predictor, rows: float, moves_ms: float
+    candidate: Decision,
+    demand: Demand,
+    predictor: Predictor,
+    rows: float,
+    moves_ms: float,
+    most_rows: int,
 ) -> float:
     """Of a sweep, on average over those with chunks and those without. `moves_ms`: of migrations
-    beside it."""
+    beside it. `most_rows`: of one with a chunk; 0: any."""
     decode = demand.gpu_rows + candidate.streamed_rows
     host = candidate.host_rows
     asymmetric = candidate.way == ASYMMETRIC
@@ -179,7 +185,7 @@ def _time(
         streamed=candidate.streamed_rows > 0,
     )
     prompts = rows * demand.prompt_per_token
-    chunks = predictor.costs.chunks_for(max(1, round(decode)), prompts)
+    chunks = predictor.costs.chunks_for(max(1, round(decode)), prompts, most_rows)
     parts = [(share, predictor.phases(replace(work, chunk_rows=chunk))) for share, chunk in chunks]
     time = sum(share * phases.total for share, phases in parts)
     if candidate.way in (GPU_ONLY, DEFERRED):

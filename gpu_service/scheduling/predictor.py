@@ -32,7 +32,7 @@ _PAUSE = 4
 _REMEMBERED = 64
 """Sweeps that tell how unequal sweeps are, and iterations what they take beside them."""
 _FEW = 8
-"""Iterations that tell nothing yet."""
+"""Fewer iterations tell nothing yet."""
 _REPORT_SECONDS = 2e-3
 """The host's reports on less work than that are collected first."""
 

@@ -29,8 +29,9 @@ RING = 2
 _UNPACKING = 64
 _PUTTING = 16
 """Programs, each of which walks over many pieces. As few put as keep the link busy."""
-_DEADLINE_NS = 10_000_000_000
-"""The link brings a card's whole memory in less. Copies that do not come were never queued."""
+_DEADLINE_NS = 900_000_000_000
+"""Whoever queues the copies may be stopped for as long as a lease may be (600 s), and go on. Copies
+that do not come then were never queued."""
 _POLLS = 64
 """Looks at the word between two at the clock."""
 

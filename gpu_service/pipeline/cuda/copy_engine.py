@@ -38,12 +38,7 @@ class CopyEngine:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Raises ValueError with another CUDA than it is written for."""
-        version = torch.version.cuda or "none"
-        if version.partition(".")[0] != str(_CUDA):
-            raise ValueError(
-                f"streamed_kv_blocks needs a torch for CUDA {_CUDA}; this one is for {version}"
-            )
+        """After `check_cuda`."""
         runtime, driver = ctypes.CDLL(f"libcudart.so.{_CUDA}"), ctypes.CDLL("libcuda.so.1")
         self._copy = runtime.cudaMemcpyBatchAsync
         self._copy.argtypes = [
@@ -101,6 +96,15 @@ class CopyEngine:
     def _set_on(self, stream: torch.cuda.Stream, word: torch.Tensor, number: int) -> None:
         code = self._set(stream.cuda_stream, word.data_ptr(), _uint32(number), 0)
         _check("cuStreamWriteValue32", code)
+
+
+def check_cuda() -> None:
+    """Raises ValueError with another CUDA than this is written for."""
+    version = torch.version.cuda or "none"
+    if version.partition(".")[0] != str(_CUDA):
+        raise ValueError(
+            f"streamed_kv_blocks needs a torch for CUDA {_CUDA}; this one is for {version}"
+        )
 
 
 def _uint32(number: int) -> int:

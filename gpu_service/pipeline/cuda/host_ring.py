@@ -117,4 +117,4 @@ class HostRing:
         """Where there is no copy engine."""
         for target, source in zip(self._targets[layer], self._sources[layer], strict=True):
             ctypes.memmove(int(target), int(source), self._piece_bytes)
-        self.words[0] = self._number + layer + 1
+        self.words[0] = (self._number + layer + 1 + (1 << 31)) % (1 << 32) - (1 << 31)

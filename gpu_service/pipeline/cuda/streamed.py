@@ -14,7 +14,8 @@ each would start a layer late.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -44,9 +45,15 @@ class StreamedLayers:
         self._inputs = inputs
         self._branches = [Branch(memory.device, first=True) for _ in range(2)]
 
-    def filled(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def filled(self) -> Iterator[None]:
         """Around the launch of a sweep, at once or as a graph, whose inputs were sent before."""
-        return self._ring.filled(self._inputs.brought)
+        with self._ring.filled(self._inputs.brought):
+            try:
+                yield
+            except BaseException:
+                self.end()  # what the ring is told comes behind all that was launched
+                raise
 
     def begin(self) -> None:
         """The sweep's inputs are there."""

@@ -125,6 +125,31 @@ def test_a_chunk_leaves_room_for_all_that_is_padded_beside_it() -> None:
             assert decode + chunks + places <= most
 
 
+def test_where_captured_sweeps_have_no_room_chunks_stay_small() -> None:
+    """One row more or less must not make a chunk of all that waits."""
+    known = SweepCosts(DECODE, MIXED, 5e-5, beside_chunks=(0, 256, 500))
+    bounds = limits(
+        gpu_blocks=9000, host_blocks=400, max_batch_tokens=4096, max_running=600, offload="auto",
+        max_context_tokens=4000, cohorts=5, cohort_rows=16, captured_rows=512,
+    )  # fmt: skip
+    chunks = []
+    for decoding in (250, 260):
+        made = Scheduler(bounds, known)
+        machine = Machine(made)
+        machine.submit(submit("host", 3, 300, placement="cpu_preferred"))
+        for i in range(decoding):
+            machine.submit(submit(f"d{i}", 2, 300, placement="gpu_only"))
+        for _ in range(8):
+            machine.step()
+        assert made.state.running_on(Tier.HOST)
+        for i in range(12):
+            machine.submit(submit(f"r{i}", 1500, 20, placement="gpu_only"))
+        machine.step()
+        chunks.append(sum(len(c.token_ids) for b in machine.plans[-1].batches for c in b.prefill))
+    assert 0 < chunks[0] <= 512 - 256 - 16
+    assert 0 < chunks[1] <= 1024 - 500 - 16
+
+
 def test_decode_rows_are_padded_beside_chunks() -> None:
     known = SweepCosts(DECODE, MIXED, 5e-5, beside_chunks=(0, 8, 24))
     assert [known.padded_decode(rows) for rows in (0, 1, 8, 9, 24, 25)] == [0, 8, 8, 24, 24, 25]

@@ -18,6 +18,7 @@ from gpu_service.config import GpuServiceConfig
 from gpu_service.engine.messages import Submit
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.pipeline.cuda.inputs import SweepShape
+from gpu_service.scheduling.plan import IterationPlan, SweepResult
 from tests.support.engine import Answers, check_empty, config, greedy, real_core, run, step
 from tests.support.models import FAMILIES, greedy_tokens, reference_model, tiny_model_dir
 from tests.support.numerics import check_teacher_forced
@@ -246,3 +247,30 @@ def test_a_host_that_does_not_answer_in_time(
         tokens = answers.tokens[request.request_id, 0]
         assert tokens == greedy_tokens(reference, request.prompt_token_ids, len(tokens))
         assert len(tokens) == request.sampling.max_tokens
+
+
+def test_copies_run_beside_sweeps(directories: dict[str, Path], service: Service) -> None:
+    """Demotions of choices that nobody's row needs; forced ones never run in this way."""
+    asked = [greedy(f"r{i}", prompt, 60) for i, prompt in enumerate(prompts())]
+    made = on_cuda(
+        directories["llama"],
+        service,
+        "float32",
+        offload="auto",
+        offload_mode="deferred",
+        gpu_kv_blocks=8,
+    )
+    beside = 0
+    with real_core(made) as core:
+
+        def observe(plan: IterationPlan, result: SweepResult, seconds: float) -> None:
+            nonlocal beside
+            beside += bool(plan.migrations) and plan.copies_beside and bool(plan.batches)
+
+        core.observe = observe
+        answers = run(core, asked)
+    assert beside > 0
+    reference = reference_model(directories["llama"])
+    for request in asked:
+        tokens = answers.tokens[request.request_id, 0]
+        assert tokens == greedy_tokens(reference, request.prompt_token_ids, 60)

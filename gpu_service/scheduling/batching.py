@@ -153,8 +153,10 @@ def _prompts_share(state: SchedulerState, ready: Sequence[Choice]) -> int:
     if not limits.staged_prompts:
         return 0
     prompts = [c for c in ready if c.tier is Tier.HOST and not c.is_decoding]
-    waiting = next(iter(state.waiting), None)
-    if waiting and Tier.HOST in state.start_tiers(waiting) and state.host_takes(waiting):
+    wants = state.host_wants()
+    going = (c for c in state.ahead() if Tier.HOST in state.start_tiers(c))
+    waiting = next((choice for choice in going if state.host_takes(choice, wants)), None)
+    if waiting is not None:
         needed = blocks_for(waiting.length, limits.block_tokens)
         prompts += [waiting] if state.fits(Tier.HOST, needed) else []
     share = 0

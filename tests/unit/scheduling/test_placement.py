@@ -117,3 +117,24 @@ def test_blocks_that_are_left_wait_for_no_sweep() -> None:
     machine.scheduler.schedule(machine.now)
     assert state.pools[Tier.GPU].used_count == 0
     state.check_integrity()
+
+
+def test_a_prompt_for_the_host_has_staging_though_another_heads_the_queue() -> None:
+    """Whoever heads it waits for the GPU tier, and rows that stream would take all of staging."""
+    machine = machine_with(
+        gpu_blocks=24, host_blocks=200, cohorts=3, cohort_rows=4, streamed_blocks=10,
+        staged_prompts=True, copies_beside=True, max_batch_tokens=64,
+    )  # fmt: skip
+    machine.submit(submit("old", 40, 40, placement="gpu_only"))
+    for i in range(4):
+        machine.submit(submit(f"host{i}", 8, 30, placement="cpu_preferred"))
+    for _ in range(12):
+        machine.step()
+    assert any(batch.streamed for plan in machine.plans for batch in plan.batches)
+    machine.submit(submit("head", 60, 2, placement="gpu_only"))
+    machine.submit(submit("new", 32, 4, placement="cpu_preferred"))
+    for _ in range(6):
+        machine.step()
+    assert "head" not in tiers(machine)
+    assert tiers(machine)["new"] is Tier.HOST
+    assert "new" in machine.first_token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -47,6 +47,24 @@ def describe(backend: Backend, now: float) -> pb.Backend:
     return message
 
 
+def not_all_reset(done: Sequence[str], failed: Mapping[str, Failure]) -> ServiceError:
+    """failed: by address, at least one. Its reason is the first one's; it names the failed ones
+    before the others, since a long sentence is cut at its end."""
+    reasons = [
+        Reason(failure.reason) if failure.reason in Reason.__members__ else None
+        for failure in failed.values()
+    ]
+    named = ", ".join(
+        f"{address} ({reason or failure.code.name})"
+        for (address, failure), reason in zip(failed.items(), reasons, strict=True)
+    )
+    return ServiceError(
+        reasons[0] or Reason.BACKEND_LOST,
+        f"{len(failed)} of {len(failed) + len(done)} prefix caches were not reset: {named}; "
+        f"reset: {', '.join(done) or 'none'}",
+    )
+
+
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def __init__(
         self,
@@ -87,24 +105,32 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         try:
             answer = await stub.Drain(engine.DrainRequest(), timeout=self._ask_seconds)
         except grpc.aio.AioRpcError as error:
-            await self._refuse(backend, error, context)
+            await self._refuse(backend, Failure.of(error), context)
         return pb.DrainBackendResponse(live_requests=answer.live_requests)
 
     async def ResetBackendPrefixCache(
         self, request: pb.ResetBackendPrefixCacheRequest, context: Any
     ) -> Any:
-        address = request.address
-        backends = [self._backend(address)] if address else list(self._registry.backends)
-        stubs: list[Any] = [engine_pb2_grpc.EngineServiceStub(b.channel) for b in backends]
-        reset = engine.ResetPrefixCacheRequest()
-        calls = [stub.ResetPrefixCache(reset, timeout=self._ask_seconds) for stub in stubs]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        for backend, answer in zip(backends, answers, strict=True):
-            if isinstance(answer, grpc.aio.AioRpcError):
-                await self._refuse(backend, answer, context)
-            if isinstance(answer, BaseException):
-                raise answer
-        return pb.ResetBackendPrefixCacheResponse(addresses=[b.address for b in backends])
+        if request.address:
+            backend = self._backend(request.address)
+            if (failure := await self._reset(backend)) is not None:
+                await self._refuse(backend, failure, context)
+            return pb.ResetBackendPrefixCacheResponse(addresses=[backend.address])
+        backends = list(self._registry.backends)
+        outcomes = await asyncio.gather(*map(self._reset, backends))
+        failed = {b.address: f for b, f in zip(backends, outcomes, strict=True) if f is not None}
+        done = [b.address for b in backends if b.address not in failed]
+        if failed:
+            raise not_all_reset(done, failed)
+        return pb.ResetBackendPrefixCacheResponse(addresses=done)
+
+    async def _reset(self, backend: Backend) -> Failure | None:
+        stub: Any = engine_pb2_grpc.EngineServiceStub(backend.channel)
+        try:
+            await stub.ResetPrefixCache(engine.ResetPrefixCacheRequest(), timeout=self._ask_seconds)
+        except grpc.aio.AioRpcError as error:
+            return Failure.of(error)
+        return None
 
     def _backend(self, address: str) -> Backend:
         backend = self._registry.get(address)
@@ -114,11 +140,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             )
         return backend
 
-    async def _refuse(
-        self, backend: Backend, error: grpc.aio.AioRpcError, context: Any
-    ) -> NoReturn:
+    async def _refuse(self, backend: Backend, failure: Failure, context: Any) -> NoReturn:
         """In the backend's words, if it has any."""
-        failure = Failure.of(error)
         if not failure.unreachable:
             await failure.refuse(context)
         raise ServiceError(

@@ -301,8 +301,29 @@ async def test_prefix_caches_are_reset_one_by_one_or_all() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await reset(asked())
         assert details(caught).reason == "BACKEND_LOST"
-        assert a.address in str(caught.value.details())
+        assert caught.value.details() == (
+            f"1 of 2 prefix caches were not reset: {a.address} (UNAVAILABLE); reset: {b.address}"
+        )
         assert b.resets == 2
+        b.fail_with = ServiceError(Reason.ENGINE_LOST, "the engine core has ended")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reset(asked())
+        assert (caught.value.code(), caught.value.details()) == (
+            grpc.StatusCode.UNAVAILABLE,
+            f"2 of 2 prefix caches were not reset: {a.address} (UNAVAILABLE), "
+            f"{b.address} (ENGINE_LOST); reset: none",
+        )
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reset(asked(address=b.address))
+        assert details(caught).reason == "ENGINE_LOST"
+        assert caught.value.details() == "the engine core has ended"
+        await a.start(a.address)
+        await ready.states(BackendState.UP, BackendState.UP)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await reset(asked())
+        assert details(caught).reason == "ENGINE_LOST"
+        assert str(caught.value.details()).endswith(f"reset: {a.address}")
+        assert a.resets == 3
 
 
 async def test_draining_what_is_not_there() -> None:

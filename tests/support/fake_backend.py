@@ -203,6 +203,9 @@ class FakeBackend(
         return engine.DrainResponse(live_requests=self.live)
 
     async def ResetPrefixCache(self, request: Any, context: Any) -> Any:
+        if self.fail_with is not None:
+            status: Any = self.fail_with.to_status()
+            await context.abort_with_status(status)
         self.resets += 1
         return engine.ResetPrefixCacheResponse()
 

@@ -81,7 +81,8 @@ class RouterServiceServicer:
 
     def ResetBackendPrefixCache(self, request, context):
         """Calls EngineService.ResetPrefixCache of one backend, or of each. NOT_FOUND if the router does not know the address;
-        UNAVAILABLE if one cannot be reached, after the others were asked. Idempotent.
+        UNAVAILABLE if one cannot be reached, after the others were asked. The message of an error of all names those that did
+        not, with each one's reason or code, then those that did; the error's reason is that of the first. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

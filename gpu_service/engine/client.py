@@ -14,7 +14,6 @@ import asyncio
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -69,8 +68,7 @@ class EngineClient:
 
         Raises EngineStartError. After an error everything is cleaned up."""
         assert self._process is None, "an EngineClient starts once"
-        # mkdtemp makes it 0700: the sockets in it are nobody else's to speak into.
-        self._directory = Path(tempfile.mkdtemp(prefix="neo-engine-"))
+        self._directory = channel.make_directory()
         try:
             self._commands.bind(channel.commands_address(self._directory))
             self._events.bind(channel.events_address(self._directory))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import array
 import asyncio
-import errno
 import hmac
 import os
 import shutil
@@ -24,6 +23,8 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from neo_common.sockets import remove_stale
 
 TOKEN_BYTES = 32
 _MAGIC = b"NEOFD1"
@@ -96,15 +97,6 @@ def has_ended(tether: socket.socket) -> bool:
         return True
 
 
-def remove_stale(runtime_dir: Path) -> None:
-    """Remove the sockets of services that were killed: nobody listens on them any more."""
-    for path in runtime_dir.glob(f"{_PREFIX}*/{_SOCKET}"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            probe.setblocking(False)
-            if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
-                shutil.rmtree(path.parent, ignore_errors=True)
-
-
 class Offer:
     """One token's worth of descriptors, waiting to be fetched; later the service's end of the
     tether."""
@@ -161,7 +153,7 @@ class HandoffServer:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             self._runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            remove_stale(self._runtime_dir)
+            remove_stale(self._runtime_dir.glob(f"{_PREFIX}*/{_SOCKET}"))
             folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._runtime_dir))
             self.path = folder / _SOCKET
             if len(os.fsencode(self.path)) > _MAX_PATH:

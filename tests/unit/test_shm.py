@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from neo_common.shm.handoff import HandoffRefused, HandoffServer, fetch, has_ended, remove_stale
+from neo_common.shm.handoff import HandoffRefused, HandoffServer, fetch, has_ended
 from neo_common.shm.limits import memory_headroom
 from neo_common.shm.memory import SharedMemory, boot_id, round_to_pages
 
@@ -127,9 +127,11 @@ async def test_sockets_of_killed_services_are_removed(tmp_path: Path) -> None:
     live = HandoffServer(tmp_path)
     live.start()
     assert not stale.exists()
-    remove_stale(tmp_path)
+    beside = HandoffServer(tmp_path)
+    beside.start()
     assert live.path.exists()
     live.close()
+    beside.close()
 
 
 @pytest.mark.parametrize("folder", ["x" * 120, "file/below"])

@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
+import zmq
 
-from gpu_service.engine import core_process
+from gpu_service.engine import channel, core_process
 from gpu_service.engine.build import build_core, resolve_device
 from gpu_service.engine.client import EngineClient, EngineStartError
 from gpu_service.engine.messages import Abort, Failed, Output, Progress, Ready, Shutdown
@@ -36,6 +38,14 @@ async def client(directory: Path) -> AsyncIterator[EngineClient]:
     await made.start()
     yield made
     await made.stop(grace_seconds=5)
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What tempfile uses; pytest's own folder may be too long a path for a socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield Path(folder)
 
 
 def test_the_client_imports_no_torch() -> None:
@@ -126,7 +136,10 @@ async def test_live_requests_finish_before_the_core_ends(client: EngineClient, h
     assert finished, "the stream ended before the request"
 
 
-async def test_the_core_dies_with_its_front_end(directory: Path) -> None:
+async def test_a_killed_front_end_leaves_no_core_and_no_folder(
+    directory: Path, temporary: Path
+) -> None:
+    """The core ends at once; the folder goes when the next front end makes its own."""
     code = """
 import asyncio, os, signal, sys
 import msgspec
@@ -141,13 +154,35 @@ asyncio.run(main())
 """
     argument = msgspec.json.encode(config(directory)).decode()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, argument, stdout=asyncio.subprocess.PIPE
-    )
+        sys.executable, "-c", code, argument, stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )  # fmt: skip
     out, _ = await process.communicate()
     pid, end = int(out), time.monotonic() + 5
     while _lives(pid):
         assert time.monotonic() < end, "the core outlives its front end"
         await asyncio.sleep(0.02)
+    assert len(os.listdir(temporary)) == 1
+    made = channel.make_directory()
+    assert os.listdir(temporary) == [made.name]
+
+
+def test_folders_of_those_who_live_stay(temporary: Path) -> None:
+    """One that has bound its sockets, one that is about to; and nobody hears of the look."""
+    about_to, bound = channel.make_directory(), channel.make_directory()
+    with zmq.Context() as context, context.socket(zmq.PUSH) as commands:
+        commands.linger = 0
+        accepted = commands.get_monitor_socket(zmq.EVENT_ACCEPTED)
+        commands.bind(channel.commands_address(bound))
+        made = channel.make_directory()
+        assert set(temporary.iterdir()) == {about_to, bound, made}
+        with context.socket(zmq.PULL) as core:
+            core.connect(channel.commands_address(bound))
+            commands.send(b"still here")
+            assert core.recv() == b"still here"
+        accepted.recv_multipart()
+        assert not accepted.poll(0), "somebody else has connected"
+        commands.disable_monitor()
 
 
 def _lives(pid: int) -> bool:
@@ -202,8 +237,8 @@ def test_a_device_too_small_says_so_in_a_sentence(
         raise error
 
     monkeypatch.setattr(core_process, "build_core", build)
-    channel = SimpleNamespace(send=said.append)
-    assert core_process._run(config(directory), channel, print) == 2  # type: ignore[arg-type]
+    sender = SimpleNamespace(send=said.append)
+    assert core_process._run(config(directory), sender, print) == 2  # type: ignore[arg-type]
     (failed,) = said
     assert isinstance(failed, Failed)
     assert failed.message.startswith("memory ran out while the model was loading; lower")

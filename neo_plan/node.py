@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from gpu_service.model.spec import read_spec
-from gpu_service.pipeline.cuda.shapes import CAPTURED_ROWS, shape_table
+from gpu_service.pipeline.cuda.shapes import CAPTURED_CHUNKS, CAPTURED_ROWS, shape_table
 from gpu_service.pipeline.device_kv import without_staging
 from gpu_service.scheduling.limits import SchedulerLimits
 from neo_common.model_spec import ModelSpec
@@ -109,6 +109,7 @@ class Node:
             host_prefill=not self._captures or streams > 0,
             staged_prompts=streams > 0,
             captured_rows=CAPTURED_ROWS if self._captures else 0,
+            captured_chunks=CAPTURED_CHUNKS if self._captures else 0,
             copies_beside=self._captures,
             asymmetric=sizes.offload_mode == "asymmetric",
             inline=False,

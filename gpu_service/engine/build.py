@@ -181,6 +181,7 @@ def scheduler_limits(
         host_prefill=not device_deals or staged > 0,
         staged_prompts=sweeps is not None and staged > 0,
         captured_rows=sweeps.table.totals[-1] if sweeps is not None and sweeps.table.host else 0,
+        captured_chunks=sweeps.table.chunks if sweeps is not None and sweeps.table.host else 0,
         copies_beside=device_deals,
         prefix_caching=config.prefix_caching,
         host_lossy=config.host_kv_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),

@@ -20,6 +20,8 @@ class BatchBuilder:
     def __init__(self, budget: int, iteration: int, limits: SchedulerLimits) -> None:
         self.budget = budget
         """Tokens that may still be added."""
+        self.chunks = limits.max_running
+        """Prompts of which a chunk may still be."""
         self._staging = limits.streamed_blocks
         """Blocks that staging still has room for."""
         self._limits = limits
@@ -39,8 +41,9 @@ class BatchBuilder:
         return len(self._decode[Tier.HOST])
 
     def has_room(self, choice: Choice, tier: Tier) -> bool:
-        """For all its known tokens in staging, if a chunk of it needs any there."""
-        return not self._is_staged(tier) or self._blocks(choice.length) <= self._staging
+        """For a chunk of it, and for all its known tokens in staging if it needs any there."""
+        staged = self._is_staged(tier)
+        return self.chunks > 0 and (not staged or self._blocks(choice.length) <= self._staging)
 
     def add(self, choice: Choice, *, streams: bool = False, starts: bool = False) -> None:
         """The next tokens of a running choice: one if it is decoding, else as long a chunk as the
@@ -63,6 +66,7 @@ class BatchBuilder:
         end = min(choice.length, choice.computed + self.budget)
         self._prefill.append(_chunk(choice, choice.tier, end))
         self.budget -= end - choice.computed
+        self.chunks -= 1
         self._staging -= self._blocks(end) if self._is_staged(choice.tier) else 0
 
     def _is_staged(self, tier: Tier) -> bool:

@@ -24,13 +24,21 @@ from gpu_service.scheduling.plan import Tier
 from gpu_service.scheduling.state import SchedulerState
 
 
-def chunk_budget(state: SchedulerState, costs: SweepCosts | None, batch: BatchBuilder) -> int:
-    """Tokens of prompts in the iteration, of `limits.max_batch_tokens` at most with its decode
-    rows, which `batch` has; all that are left without costs."""
+def bound_chunks(state: SchedulerState, costs: SweepCosts | None, batch: BatchBuilder) -> None:
+    """How many prompts the iteration may have beside the decode rows that `batch` has, and tokens
+    of them: all that `limits.max_batch_tokens` leaves without costs."""
     if costs is None:
-        return batch.budget
-    decode, context = batch.device_rows
+        return
     with_host = state.usable(Tier.HOST) and bool(state.running_on(Tier.HOST))
+    if with_host and state.limits.captured_chunks:
+        batch.chunks = state.limits.captured_chunks
+    batch.budget = _chunk_budget(state, costs, batch, with_host)
+
+
+def _chunk_budget(
+    state: SchedulerState, costs: SweepCosts, batch: BatchBuilder, with_host: bool
+) -> int:
+    decode, context = batch.device_rows
     beside = state.limits.cohort_rows if with_host else 0
     waited = 0 if state.defers else batch.host_rows
     in_first = waited // 2 if state.splits else waited  # of two sub-batches, about

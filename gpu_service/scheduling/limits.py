@@ -52,6 +52,8 @@ class SchedulerLimits:
     """Deferred: padded rows of the largest sweep that is one launch, if larger ones are not to have
     prompts while the host tier has choices: with its exchange they are launched kernel by kernel,
     which takes longer than the device does. 0: any."""
+    captured_chunks: int = 0
+    """Most prompts in those sweeps; 0: any."""
     copies_beside: bool = False
     """The device copies KV of choices that have no row in a sweep beside it."""
     prefix_caching: bool = False
@@ -81,6 +83,7 @@ class SchedulerLimits:
             "cohort_rows",
             "streamed_blocks",
             "captured_rows",
+            "captured_chunks",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")

@@ -16,7 +16,7 @@ from gpu_service.engine.messages import Submit, TokenLogprob
 from gpu_service.offload.host_tier import HostTierState
 from gpu_service.scheduling import admission, residency, reuse
 from gpu_service.scheduling.batching import BatchBuilder, add_chunks, add_decoding
-from gpu_service.scheduling.budget import chunk_budget
+from gpu_service.scheduling.budget import bound_chunks
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.limits import SchedulerLimits
 from gpu_service.scheduling.news import News
@@ -162,7 +162,7 @@ class Scheduler:
             migrations += residency.send_down(state) or residency.promote(state)
         batch = BatchBuilder(self.limits.max_batch_tokens, self.iterations, self.limits)
         add_decoding(state, batch)
-        batch.budget = chunk_budget(state, self.costs, batch)
+        bound_chunks(state, self.costs, batch)
         add_chunks(state, batch)
         admitted = admission.admit(state, batch)
         for choice in admitted.choices:

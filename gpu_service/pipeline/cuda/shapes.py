@@ -16,7 +16,7 @@ _TOTAL_ROWS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
 CAPTURED_ROWS = _TOTAL_ROWS[-1]
 """The most, of sweeps with prompts."""
 _EAGER_ROWS = (1024, 2048, 4096, 8192)
-_CHUNKS = 16
+CAPTURED_CHUNKS = 16
 """Prompt chunks of a captured sweep: padding ones cost an empty program each."""
 _MORE_CHUNKS = (64, 256)
 _PAD = 16
@@ -171,5 +171,5 @@ def shape_table(
     if lanes > 1:
         pairs += [(size, size) for size in sizes if 2 * size < CAPTURED_ROWS]
     return ShapeTable(
-        (*decode, max_running), _TOTAL_ROWS, _CHUNKS, more_chunks, eager, host, tuple(pairs)
+        (*decode, max_running), _TOTAL_ROWS, CAPTURED_CHUNKS, more_chunks, eager, host, tuple(pairs)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpu_service.scheduling.batching import BatchBuilder
-from gpu_service.scheduling.budget import chunk_budget
+from gpu_service.scheduling.budget import bound_chunks
 from gpu_service.scheduling.costs import SweepCosts
 from gpu_service.scheduling.plan import Tier
 from gpu_service.scheduling.scheduler import Scheduler
@@ -37,7 +37,8 @@ def scheduler(**changes: object) -> Scheduler:
 def budget(made: Scheduler) -> int:
     """Beside nothing."""
     batch = BatchBuilder(made.limits.max_batch_tokens, 1, made.limits)
-    return chunk_budget(made.state, made.costs, batch)
+    bound_chunks(made.state, made.costs, batch)
+    return batch.budget
 
 
 def test_without_costs_the_limit_is_taken() -> None:
@@ -123,6 +124,22 @@ def test_a_chunk_leaves_room_for_all_that_is_padded_beside_it() -> None:
         # Before anybody is on the host tier, larger ones pay.
         if b.host_decode or b.streamed:
             assert decode + chunks + places <= most
+
+
+def test_captured_sweeps_hold_so_many_prompts() -> None:
+    bounds = limits(
+        gpu_blocks=900, host_blocks=400, max_batch_tokens=512, max_running=256, offload="auto",
+        max_context_tokens=400, cohorts=5, cohort_rows=16, captured_rows=512, captured_chunks=16,
+    )  # fmt: skip
+    machine = Machine(Scheduler(bounds, costs()))
+    machine.submit(submit("host", 3, 60, placement="cpu_preferred"))
+    machine.step()
+    for i in range(40):
+        machine.submit(submit(f"r{i}", 5, 2, placement="gpu_only"))
+    machine.run()
+    prompts = [len(batch.prefill) for plan in machine.plans for batch in plan.batches]
+    assert max(prompts) == 16
+    assert prompts.count(16) == 2
 
 
 def test_where_captured_sweeps_have_no_room_chunks_stay_small() -> None:

@@ -365,7 +365,7 @@ class Scheduler:
 
     def _end(self, request: Request) -> None:
         self._unstarted.pop(request.request_id, None)
-        for choice in request.choices:
+        for choice in tuple(request.choices):
             if choice.state is not ChoiceState.FINISHED:
                 self._prompt_logprobs.pop(choice.key, None)
                 self.state.finish(choice)

@@ -303,6 +303,9 @@ class SchedulerState:
         request = choice.request
         if request.is_finished:
             del self.requests[request.request_id]
+            # They refer to it, too: the collector alone would find such a ring, tens of minutes
+            # and a hundred MiB later.
+            request.choices.clear()
         else:
             # The others may have waited for this one's prefill.
             self.release_held(request)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -324,3 +326,20 @@ def test_the_machine_finds_blocks_shared_by_mistake() -> None:
     machine.submit(submit("a", 10, 6, n=2))
     with pytest.raises(AssertionError):
         machine.run()
+
+
+def test_requests_that_have_ended_are_gone_without_the_collector() -> None:
+    """Of rings it finds the old ones once in tens of minutes, a hundred MiB of them in a soak."""
+    machine = machine_with(max_batch_tokens=64)
+    gc.disable()
+    try:
+        for i in range(6):
+            machine.submit(submit(f"r{i}", 20, 10, n=1 + i % 2))
+        machine.step()
+        live = [weakref.ref(r) for r in machine.scheduler.state.requests.values()]
+        machine.scheduler.abort("r3", None, machine.now)
+        machine.run()
+        assert len(live) == 6
+        assert not any(request() for request in live)
+    finally:
+        gc.enable()
